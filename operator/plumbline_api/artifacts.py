@@ -1,0 +1,51 @@
+"""Artifact kinds and dataset formats: what stages take and yield."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Literal
+
+
+class ArtifactKind(StrEnum):
+    """What an output in storage is, and so what may take it as an input."""
+
+    POLICY = "policy"
+    DATASET = "dataset"
+    REPORT = "report"
+
+
+DatasetFormat = Literal[
+    "auto", "text", "instruction", "contextResponse", "dialogue", "messages", "promptCompletion", "preference"
+]
+"""How the rows of a dataset are written. `auto` is `dataset<unknown>` until preflight has read it.
+
+- text: `{text}`, or a plain text file (paragraphs separated by blank lines)
+- instruction: `{instruction, input?, output}`
+- contextResponse: `{context, response}`
+- dialogue: `{dialogue}` or `{text}` with `USER:` / `ASSISTANT:` turns
+- messages: `{messages: [{role, content}]}`
+- promptCompletion: `{prompt, completion}`, each text or messages
+- preference: `{prompt, chosen, rejected}`, each text or messages; without `prompt` the common beginning is the prompt
+"""
+
+DATASET_FORMATS: tuple[str, ...] = DatasetFormat.__args__  # type: ignore[attr-defined]
+
+SUPERVISED_FORMATS = frozenset({"instruction", "contextResponse", "dialogue", "messages", "promptCompletion"})
+"""Formats with a prompt and an answer to imitate."""
+TEXT_FORMATS = frozenset({"text"})
+PREFERENCE_FORMATS = frozenset({"preference"})
+PROMPT_FORMATS = SUPERVISED_FORMATS | PREFERENCE_FORMATS
+"""Formats whose rows have a prompt that a policy can answer."""
+LIKELIHOOD_FORMATS = SUPERVISED_FORMATS | TEXT_FORMATS | PREFERENCE_FORMATS
+"""Formats with tokens whose likelihood can be measured; of preference rows, the chosen answer."""
+
+FORMAT_DESCRIPTIONS: dict[str, str] = {
+    "text": "raw text",
+    "instruction": "instruction rows (instruction, input, output)",
+    "contextResponse": "instruction rows (context, response)",
+    "dialogue": "dialogues (USER: … ASSISTANT: …)",
+    "messages": "chats (messages with role and content)",
+    "promptCompletion": "instruction rows (prompt, completion)",
+    "preference": "preference rows (prompt, chosen, rejected)",
+    "auto": "rows of a format that preflight detects",
+}

@@ -1,0 +1,286 @@
+"""The type checker of the alignment graph: refuses what cannot work before anything is asked of a cluster."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+from plumbline_api.artifacts import FORMAT_DESCRIPTIONS, ArtifactKind
+from plumbline_api.errors import Problem
+from plumbline_api.graph import BASE_MODEL, Reference, find_cycle, references, yields
+from plumbline_api.names import IMPLICIT_STAGES
+from plumbline_api.pipeline import AlignmentPipeline, Dataset, PipelineSpec, Storage
+from plumbline_api.quantities import parse_quantity
+from plumbline_api.runtime import AlignmentRuntime
+from plumbline_api.stages import STAGE_TYPES
+
+Place = Literal["cluster", "local", "anywhere"]
+
+MODEL_SCHEMES = ("hf", "s3", "pvc", "bundled", "file")
+DATASET_SCHEMES = ("hf", "s3", "pvc", "file")
+BUNDLED_MODELS = ("smollm2-135m-instruct",)
+DATASET_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt", ".md")
+
+
+def check(
+    pipeline: AlignmentPipeline, runtime: AlignmentRuntime | None = None, *, place: Place = "anywhere"
+) -> list[Problem]:
+    """Everything that is wrong with a pipeline, with field paths and remedies; empty when it fits.
+
+    With a runtime its limits and allow-lists are checked as well. `place` says where it will run: files of this
+    machine are for local runs only, storage must come from somewhere on a cluster.
+    """
+    spec = pipeline.spec
+    problems = [*_check_names(spec)]
+    if not problems:
+        problems += [*_check_references(spec), *_check_training_splits(spec)]
+    if not problems and (cycle := find_cycle(spec)) is not None:
+        index = next(i for i, stage in enumerate(spec.stages) if stage.name == cycle[0])
+        problems.append(Problem(f"spec.stages[{index}]", f"the stages form a cycle: {' → '.join(cycle)}"))
+    problems += _check_sources(spec, place)
+    if place != "local":
+        problems += _check_storage(spec, runtime, place)
+    if runtime is not None:
+        problems += check_permissions(pipeline, runtime)
+    return problems
+
+
+def _check_names(spec: PipelineSpec) -> Iterator[Problem]:
+    seen: dict[str, str] = {}
+    named = [(f"spec.datasets[{i}].name", d.name) for i, d in enumerate(spec.datasets)]
+    named += [(f"spec.stages[{i}].name", s.name) for i, s in enumerate(spec.stages)]
+    for path, name in named:
+        if name in IMPLICIT_STAGES:
+            yield Problem(path, f'"{name}" is the name of a built-in step; choose another')
+        elif name in seen:
+            yield Problem(
+                path,
+                f'"{name}" is taken by {seen[name].removesuffix(".name")}; stages and datasets share one name space',
+            )
+        seen.setdefault(name, path)
+
+
+def _check_references(spec: PipelineSpec) -> Iterator[Problem]:
+    datasets = {d.name: d for d in spec.datasets}
+    stages = {s.name: s for s in spec.stages}
+    for index, stage in enumerate(spec.stages):
+        for ref in references(spec, index):
+            if ref.target == BASE_MODEL:
+                continue
+            if ref.kind is ArtifactKind.DATASET:
+                yield from _check_dataset(spec, ref, datasets, stage.type)
+            elif ref.target not in stages:
+                yield _unknown(ref.field, ref.target, "stage", list(stages), is_other=ref.target in datasets)
+            elif yields(stages[ref.target]) is not ref.kind:
+                fits = [s.name for s in spec.stages if yields(s) is ref.kind and s.name != stage.name]
+                yield Problem(
+                    ref.field,
+                    f'"{ref.target}" ({stages[ref.target].type}) yields a {yields(stages[ref.target])}; a {ref.kind} '
+                    f"is needed here. Stages that fit: {', '.join(fits) or 'none'}",
+                )
+        for number, name in enumerate(stage.after):
+            if name not in stages:
+                yield _unknown(
+                    f"spec.stages[{index}].after[{number}]", name, "stage", list(stages), is_other=name in datasets
+                )
+
+
+def _check_dataset(
+    spec: PipelineSpec, ref: Reference, datasets: dict[str, Dataset], stage_type: str
+) -> Iterator[Problem]:
+    dataset = datasets.get(ref.target)
+    if dataset is None:
+        is_stage = any(stage.name == ref.target for stage in spec.stages)
+        yield _unknown(ref.field, ref.target, "dataset", list(datasets), is_other=is_stage)
+        return
+    if dataset.format != "auto" and dataset.format not in ref.formats:
+        fits = [d.name for d in spec.datasets if d.format in ref.formats]
+        needed = " or ".join(FORMAT_DESCRIPTIONS[name] for name in sorted(ref.formats))
+        yield Problem(
+            ref.field,
+            f'"{ref.target}" holds {FORMAT_DESCRIPTIONS[dataset.format]}; {stage_type} needs {needed}. '
+            f"Datasets that fit: {', '.join(fits) or 'none'}",
+        )
+    position = next(i for i, d in enumerate(spec.datasets) if d.name == ref.target)
+    if ref.split is None and dataset.role == "test":
+        yield Problem(
+            ref.field,
+            f'"{ref.target}" has role test: it is held out from every training stage. '
+            f"Train on another dataset, or set spec.datasets[{position}].role to train and hold out a share with split",
+        )
+    if ref.split in ("evaluation", "test") and dataset.role != "test" and getattr(dataset.split, ref.split) == 0:
+        yield Problem(
+            ref.field,
+            f'"{ref.target}" has no {ref.split} split. Set spec.datasets[{position}].split.{ref.split} (such as 0.1), '
+            f"or spec.datasets[{position}].role to test if no stage trains on it",
+        )
+
+
+def _check_training_splits(spec: PipelineSpec) -> Iterator[Problem]:
+    for index, dataset in enumerate(spec.datasets):
+        if dataset.split.evaluation + dataset.split.test >= 1 and dataset.role == "train":
+            yield Problem(
+                f"spec.datasets[{index}].split",
+                "evaluation + test leave no rows to train on; set role to test if that is meant",
+            )
+
+
+def _unknown(path: str, name: str, noun: str, known: list[str], *, is_other: bool) -> Problem:
+    if is_other:
+        other = "dataset" if noun == "stage" else "stage"
+        return Problem(
+            path, f'"{name}" is a {other}; a {noun} is needed here. {noun.capitalize()}s: {", ".join(known) or "none"}'
+        )
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"Did you mean {close[0]}?" if close else f"{noun.capitalize()}s: {', '.join(known) or 'none'}"
+    return Problem(path, f'there is no {noun} "{name}". {hint}')
+
+
+def _check_sources(spec: PipelineSpec, place: Place) -> Iterator[Problem]:
+    yield from _check_model_source("spec.model.source", spec.model.source, place)
+    for index, stage in enumerate(spec.stages):
+        if stage.evaluate is not None:
+            for number, suite in enumerate(stage.evaluate.suites):
+                judge = suite.win_rate.judge if suite.win_rate is not None else None
+                here = f"spec.stages[{index}].evaluate.suites[{number}].winRate.judge"
+                if judge is not None and judge.model is not None:
+                    yield from _check_model_source(f"{here}.model.source", judge.model.source, place)
+                if judge is not None and judge.rule is not None and judge.rule.matches is not None:
+                    try:
+                        re.compile(judge.rule.matches)
+                    except re.error as error:
+                        yield Problem(
+                            f"{here}.rule.matches", f'"{judge.rule.matches}" is not a regular expression: {error}'
+                        )
+    for index, dataset in enumerate(spec.datasets):
+        path = f"spec.datasets[{index}].source"
+        scheme, separator, rest = dataset.source.partition("://")
+        if not separator:
+            scheme, rest = "file", dataset.source
+        if scheme not in DATASET_SCHEMES:
+            yield Problem(
+                path, f'"{dataset.source}": datasets are read from {", ".join(f"{s}://" for s in DATASET_SCHEMES)}'
+            )
+        elif scheme == "file" and place == "cluster":
+            yield _local_only(path, dataset.source)
+        elif scheme != "hf" and not rest.split("?")[0].endswith((*DATASET_SUFFIXES, "*", "/")):
+            yield Problem(
+                path,
+                f'"{dataset.source}": the suffix says how rows are stored; known are {", ".join(DATASET_SUFFIXES)}',
+            )
+
+
+def _check_model_source(path: str, source: str, place: Place) -> Iterator[Problem]:
+    scheme, separator, rest = source.partition("://")
+    if not separator or scheme not in MODEL_SCHEMES:
+        shown = ", ".join(f"{s}://" for s in MODEL_SCHEMES)
+        hint = f" For a hub model write hf://{source}" if not separator and source.count("/") == 1 else ""
+        yield Problem(path, f'"{source}": models are read from {shown}.{hint}')
+    elif scheme == "bundled" and rest not in BUNDLED_MODELS:
+        yield Problem(path, f'there is no bundled model "{rest}". Bundled: {", ".join(BUNDLED_MODELS)}')
+    elif scheme == "file" and place == "cluster":
+        yield _local_only(path, source)
+    elif scheme == "pvc" and not re.fullmatch(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/.*)?", rest):
+        yield Problem(path, f'"{source}": write pvc://claim/path')
+    elif not rest:
+        yield Problem(path, f'"{source}" names no location')
+
+
+def _local_only(path: str, source: str) -> Problem:
+    return Problem(
+        path,
+        f'"{source}" is a file of one machine; pods cannot read it. Use s3:// or pvc://, or run it locally with `plumbline run`',
+    )
+
+
+def _check_storage(spec: PipelineSpec, runtime: AlignmentRuntime | None, place: Place) -> Iterator[Problem]:
+    storage: Storage | None = spec.storage
+    if storage is None:
+        if runtime is not None and runtime.spec.storage is None:
+            yield Problem(
+                "spec.storage",
+                f"runtime {runtime.metadata.name} offers no storage; set spec.storage.uri to s3://bucket/prefix",
+            )
+        return
+    scheme = storage.uri.partition("://")[0]
+    if scheme not in ("s3", "file"):
+        yield Problem(
+            "spec.storage.uri",
+            f'"{storage.uri}": results are written to s3://bucket/prefix (or file:///path in a local run)',
+        )
+    elif scheme == "file" and place == "cluster":
+        yield _local_only("spec.storage.uri", storage.uri)
+
+
+def check_permissions(pipeline: AlignmentPipeline, runtime: AlignmentRuntime) -> list[Problem]:
+    """What a runtime does not allow: namespaces, prefixes, secrets, claims and limits. Checked before each Job as well."""
+    spec, offer, namespace = pipeline.spec, runtime.spec, pipeline.metadata.namespace or "default"
+    allow, name = offer.allow, runtime.metadata.name
+    problems: list[Problem] = []
+
+    def refuse(path: str, value: str, what: str, allowed: list[str] | None) -> None:
+        shown = ", ".join(item.replace("{namespace}", namespace) for item in allowed or []) or "none"
+        problems.append(
+            Problem(path, f'runtime {name} does not allow {what} "{value}" in namespace {namespace}. Allowed: {shown}')
+        )
+
+    if allow.namespaces is not None and namespace not in allow.namespaces:
+        problems.append(
+            Problem(
+                "spec.runtimeRef",
+                f"runtime {name} may not be used in namespace {namespace}; ask its owners to add it to allow.namespaces",
+            )
+        )
+    sources = [("spec.model.source", spec.model.source)]
+    for index, stage in enumerate(spec.stages):
+        if stage.evaluate is not None:
+            for number, suite in enumerate(stage.evaluate.suites):
+                if suite.win_rate is not None and suite.win_rate.judge.model is not None:
+                    path = f"spec.stages[{index}].evaluate.suites[{number}].winRate.judge.model.source"
+                    sources.append((path, suite.win_rate.judge.model.source))
+    for path, source in sources:
+        if not runtime.allows(allow.model_sources, source, namespace):
+            refuse(path, source, "the model source", allow.model_sources)
+    for index, dataset in enumerate(spec.datasets):
+        if not runtime.allows(allow.dataset_sources, dataset.source, namespace):
+            refuse(f"spec.datasets[{index}].source", dataset.source, "the dataset source", allow.dataset_sources)
+        sources.append((f"spec.datasets[{index}].source", dataset.source))
+    for path, source in sources:
+        if source.startswith("pvc://"):
+            claim = source.removeprefix("pvc://").split("/")[0]
+            if allow.claims is not None and claim not in allow.claims:
+                refuse(path, claim, "the claim", allow.claims)
+    if spec.storage is not None:
+        if not runtime.allows(allow.storage_prefixes, spec.storage.uri, namespace):
+            refuse("spec.storage.uri", spec.storage.uri, "the storage prefix", allow.storage_prefixes)
+        if spec.storage.endpoint is not None and not runtime.allows(allow.endpoints, spec.storage.endpoint, namespace):
+            refuse("spec.storage.endpoint", spec.storage.endpoint, "the endpoint", allow.endpoints)
+        if (
+            spec.storage.secret_name is not None
+            and allow.secret_names is not None
+            and spec.storage.secret_name not in allow.secret_names
+        ):
+            refuse("spec.storage.secretName", spec.storage.secret_name, "the secret", allow.secret_names)
+    problems += _check_limits(spec, runtime)
+    return problems
+
+
+def _check_limits(spec: PipelineSpec, runtime: AlignmentRuntime) -> Iterator[Problem]:
+    limits, name = runtime.spec.limits, runtime.metadata.name
+    for index, stage in enumerate(spec.stages):
+        asked, here = stage.resources, f"spec.stages[{index}].resources"
+        pieces = runtime.spec.classes.of(STAGE_TYPES[stage.type].runtime_class)
+        gpus = pieces.gpus_per_node if asked.gpus_per_node is None else asked.gpus_per_node
+        if gpus and runtime.spec.accelerator is None:
+            yield Problem(
+                f"{here}.gpusPerNode",
+                f"runtime {name} has no accelerator; leave the field out or choose another runtime",
+            )
+        for field, value, limit in (("nodes", asked.nodes, limits.nodes), ("gpusPerNode", gpus, limits.gpus_per_node)):
+            if limit is not None and value > limit:
+                yield Problem(f"{here}.{field}", f"{value} is over the limit {limit} of runtime {name}")
+        for field, quantity, most in (("cpu", asked.cpu, limits.cpu), ("memory", asked.memory, limits.memory)):
+            if quantity is not None and most is not None and parse_quantity(quantity) > parse_quantity(most):
+                yield Problem(f"{here}.{field}", f"{quantity} is over the limit {most} of runtime {name}")

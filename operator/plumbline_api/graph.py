@@ -1,0 +1,109 @@
+"""The graph of a pipeline: which stage reads what. Pure functions of the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from plumbline_api.artifacts import ArtifactKind
+from plumbline_api.pipeline import PipelineSpec
+from plumbline_api.stages import STAGE_TYPES, SUITE_FORMATS, Stage
+
+BASE_MODEL = ""
+"""Stands for spec.model where a stage starts from no other stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A name that a stage uses for an input."""
+
+    role: str
+    """`model`, `reference`, `baseline`, `dataset` or `suites.N.dataset`."""
+    field: str
+    """Path of the field below `spec.`."""
+    target: str
+    """Name of a stage or dataset; `BASE_MODEL` for spec.model."""
+    kind: ArtifactKind
+    """What the target must yield."""
+    formats: frozenset[str] = frozenset()
+    """Dataset formats that fit."""
+    split: str | None = None
+    """Part of the dataset that is read; None where the stage reads its training part."""
+    implied: bool = False
+    """Whether the manifest leaves the field out."""
+
+
+def yields(stage: Stage) -> ArtifactKind:
+    """What a stage yields."""
+    return STAGE_TYPES[stage.type].yields
+
+
+def start_of(spec: PipelineSpec, index: int) -> str:
+    """The stage whose policy stage `index` starts from, or `BASE_MODEL`."""
+    stage = spec.stages[index]
+    if stage.model is not None:
+        return stage.model
+    for earlier in reversed(spec.stages[:index]):
+        if yields(earlier) is ArtifactKind.POLICY:
+            return earlier.name
+    return BASE_MODEL
+
+
+def references(spec: PipelineSpec, index: int) -> Iterator[Reference]:
+    """Every input that a stage names or implies, the policy first."""
+    stage = spec.stages[index]
+    kind, value, here = STAGE_TYPES[stage.type], stage.value, f"spec.stages[{index}]"
+    yield Reference("model", f"{here}.model", start_of(spec, index), ArtifactKind.POLICY, implied=stage.model is None)
+    if kind.dataset_formats is not None:
+        yield Reference(
+            "dataset", f"{here}.{stage.type}.dataset", value.dataset, ArtifactKind.DATASET, kind.dataset_formats
+        )
+    if stage.dpo is not None and stage.dpo.reference is not None:
+        yield Reference("reference", f"{here}.dpo.reference", stage.dpo.reference, ArtifactKind.POLICY)
+    if stage.evaluate is not None:
+        baseline = stage.evaluate.baseline
+        yield Reference(
+            "baseline",
+            f"{here}.evaluate.baseline",
+            BASE_MODEL if baseline is None else baseline,
+            ArtifactKind.POLICY,
+            implied=baseline is None,
+        )
+        for number, suite in enumerate(stage.evaluate.suites):
+            yield Reference(
+                f"suites.{number}.dataset",
+                f"{here}.evaluate.suites[{number}].{suite.choice}.dataset",
+                suite.dataset,
+                ArtifactKind.DATASET,
+                SUITE_FORMATS[suite.choice],
+                split=suite.value.split,
+            )
+
+
+def dependencies(spec: PipelineSpec, index: int) -> list[str]:
+    """Names of the stages that must have succeeded before a stage starts, in order of mention."""
+    stages = {stage.name for stage in spec.stages}
+    named = [ref.target for ref in references(spec, index) if ref.target in stages] + spec.stages[index].after
+    return list(dict.fromkeys(name for name in named if name in stages))
+
+
+def find_cycle(spec: PipelineSpec) -> list[str] | None:
+    """A cycle of stage names, if there is one."""
+    edges = {stage.name: dependencies(spec, index) for index, stage in enumerate(spec.stages)}
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> list[str] | None:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return None
+        for target in edges[name]:
+            if (cycle := visit(target, [*path, name])) is not None:
+                return cycle
+        done.add(name)
+        return None
+
+    for name in edges:
+        if (cycle := visit(name, [])) is not None:
+            return cycle
+    return None

@@ -1,0 +1,153 @@
+"""From a checked manifest to the run record: every default filled in, every reference resolved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from plumbline_api.artifacts import ArtifactKind
+from plumbline_api.base import EXTERNAL_INPUTS_MAX
+from plumbline_api.check import Place, check
+from plumbline_api.errors import ManifestError, Problem
+from plumbline_api.graph import BASE_MODEL, dependencies, references
+from plumbline_api.pipeline import AlignmentPipeline, Dataset, Storage
+from plumbline_api.quantities import parse_duration
+from plumbline_api.record import ExternalInput, InputRef, PipelineIdentity, RunRecord, StageRecord
+from plumbline_api.runtime import AlignmentRuntime
+from plumbline_api.stages import STAGE_TYPES, Stage
+from plumbline_api.training import DEFAULT_LEARNING_RATES
+
+
+def resolve(
+    pipeline: AlignmentPipeline,
+    runtime: AlignmentRuntime | None,
+    *,
+    operator_version: str,
+    place: Place,
+    local_storage: Storage | None = None,
+) -> RunRecord:
+    """Check a pipeline and freeze what it resolves to.
+
+    Raises:
+        ManifestError: if the check finds problems; they are all in it.
+    """
+    problems = check(pipeline, runtime, place=place)
+    if problems:
+        raise ManifestError(problems)
+    spec = pipeline.spec
+    if place == "local":
+        assert local_storage is not None
+        storage = local_storage
+    else:
+        found = spec.storage or (runtime.spec.storage if runtime is not None else None)
+        if found is None:
+            raise ManifestError([Problem("spec.storage", "no storage is set, neither here nor in the runtime")])
+        storage = found
+    external = _External(pipeline)
+    stages = [_resolve_stage(pipeline, runtime, index, external) for index in range(len(spec.stages))]
+    if len(external.inputs) > EXTERNAL_INPUTS_MAX:
+        raise ManifestError(
+            [Problem("spec", f"{len(external.inputs)} external inputs; at most {EXTERNAL_INPUTS_MAX} are allowed")]
+        )
+    return RunRecord(
+        operator_version=operator_version,
+        pipeline=PipelineIdentity(
+            name=pipeline.metadata.name,
+            namespace=pipeline.metadata.namespace or "default",
+            uid=pipeline.metadata.uid or "",
+            generation=pipeline.metadata.generation or 1,
+        ),
+        seed=spec.seed,
+        storage=storage,
+        runtime_name=runtime.metadata.name if runtime is not None else None,
+        runtime=runtime.spec if runtime is not None else None,
+        external_inputs=external.inputs,
+        stages=stages,
+    )
+
+
+class _External:
+    """Collects external inputs, each once."""
+
+    def __init__(self, pipeline: AlignmentPipeline) -> None:
+        model = pipeline.spec.model
+        self.inputs = [
+            ExternalInput(name="model", kind="policy", uri=model.source, settings={"storageDtype": model.storage_dtype})
+        ]
+        self._datasets = {dataset.name: dataset for dataset in pipeline.spec.datasets}
+
+    def dataset(self, name: str) -> int:
+        return self._add(_external_dataset(self._datasets[name]))
+
+    def judge(self, name: str, uri: str) -> int:
+        return self._add(ExternalInput(name=name, kind="policy", uri=uri))
+
+    def _add(self, item: ExternalInput) -> int:
+        for index, known in enumerate(self.inputs):
+            if known.name == item.name:
+                return index
+        self.inputs.append(item)
+        return len(self.inputs) - 1
+
+
+def _external_dataset(dataset: Dataset) -> ExternalInput:
+    wire = dataset.to_wire()
+    settings = {key: wire[key] for key in ("format", "columns", "split", "role", "maxBadRows", "limit") if key in wire}
+    return ExternalInput(name=f"dataset/{dataset.name}", kind="dataset", uri=dataset.source, settings=settings)
+
+
+def _resolve_stage(
+    pipeline: AlignmentPipeline, runtime: AlignmentRuntime | None, index: int, external: _External
+) -> StageRecord:
+    spec = pipeline.spec
+    stage = spec.stages[index]
+    kind = STAGE_TYPES[stage.type]
+    inputs: list[InputRef] = []
+    for ref in references(spec, index):
+        if ref.kind is ArtifactKind.DATASET:
+            inputs.append(InputRef(role=ref.role, external=external.dataset(ref.target)))
+        elif ref.target == BASE_MODEL:
+            inputs.append(InputRef(role=ref.role, external=0))
+        else:
+            inputs.append(InputRef(role=ref.role, stage=ref.target))
+    if stage.evaluate is not None:
+        for number, suite in enumerate(stage.evaluate.suites):
+            if suite.win_rate is not None and suite.win_rate.judge.model is not None:
+                position = external.judge(f"judge/{stage.name}/{number}", suite.win_rate.judge.model.source)
+                inputs.append(InputRef(role=f"suites.{number}.judge", external=position))
+    resources = stage.resources
+    if runtime is not None and resources.gpus_per_node is None:
+        resources = resources.model_copy(
+            update={"gpus_per_node": runtime.spec.classes.of(kind.runtime_class).gpus_per_node}
+        )
+    return StageRecord(
+        name=stage.name,
+        type=stage.type,
+        numerics_version=kind.numerics_version,
+        runtime_class=kind.runtime_class,
+        parameters=_effective_parameters(stage, seed=spec.seed, accelerated=bool(resources.gpus_per_node)),
+        inputs=inputs,
+        depends_on=dependencies(spec, index),
+        resources=resources,
+        gates=stage.gates,
+        retries=stage.retries,
+        timeout_seconds=None if stage.timeout is None else round(parse_duration(stage.timeout)),
+        cache=stage.cache,
+    )
+
+
+def _effective_parameters(stage: Stage, *, seed: int, accelerated: bool) -> dict[str, Any]:
+    """The stage's parameters with seed, precision, learning rate and LoRA scale resolved; parsed again by the same model."""
+    parameters: dict[str, Any] = stage.value.to_wire()
+    parameters["seed"] = seed
+    precision = "bfloat16" if accelerated else "float32"
+    if "training" in parameters:
+        training = parameters["training"]
+        with_lora, full = DEFAULT_LEARNING_RATES[stage.type]
+        training.setdefault("learningRate", with_lora if "lora" in parameters else full)
+        if training["precision"] == "auto":
+            training["precision"] = precision
+    if parameters.get("precision") == "auto":
+        parameters["precision"] = precision
+    if "lora" in parameters:
+        parameters["lora"].setdefault("alpha", 2.0 * parameters["lora"]["rank"])
+    return parameters

@@ -1,0 +1,119 @@
+"""The stage types: what each takes, yields and is called. The union grows by addition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from plumbline_api.artifacts import (
+    LIKELIHOOD_FORMATS,
+    PREFERENCE_FORMATS,
+    SUPERVISED_FORMATS,
+    TEXT_FORMATS,
+    ArtifactKind,
+)
+from plumbline_api.base import Contract, Duration, Name, OneOf, Quantity
+from plumbline_api.evaluation import Evaluate, Gate
+from plumbline_api.training import Dpo, Pretrain, Sft
+
+
+class Resources(Contract):
+    """What a stage asks of the cluster; everything else about its pods belongs to the runtime."""
+
+    nodes: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Pods that work together, one per node."""
+    gpus_per_node: Annotated[int, Field(ge=0, le=64)] | None = None
+    """Accelerators per pod. Absent: the runtime's default for the stage's class."""
+    cpu: Quantity | None = None
+    """CPU request per pod. Absent: the runtime's."""
+    memory: Quantity | None = None
+    """Memory request and limit per pod. Absent: the runtime's."""
+
+
+class Merge(Contract):
+    """Merge a chain of adapters into full weights in Hugging Face layout, one rounding per delta."""
+
+    storage_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the written weights. auto: the type the chain was trained on, so that nothing is rounded twice."""
+
+
+class Stage(OneOf):
+    """One step of a pipeline: a name, optional common fields and exactly one type."""
+
+    one_of_noun: ClassVar[str] = "stage type"
+
+    name: Name
+    """Name of the stage; other stages refer to its output by it."""
+    model: Name | None = None
+    """Stage whose policy this stage starts from. Absent: the nearest earlier stage that yields a policy, else spec.model."""
+    after: Annotated[list[Name], Field(max_length=64)] = []
+    """Stages that must have succeeded before this one starts, besides those it refers to."""
+    resources: Resources = Resources()
+    """What the stage asks of the cluster."""
+    gates: Annotated[list[Gate], Field(max_length=16)] = []
+    """Conditions on the stage's metrics; if one does not hold the stage fails and nothing that depends on it starts."""
+    retries: Annotated[int, Field(ge=0, le=20)] = 2
+    """Further attempts after a transient failure. Preemption and bad input do not count: the first is free, the second is never retried."""
+    timeout: Duration | None = None
+    """Longest time one attempt may run."""
+    cache: bool = True
+    """Take the output from storage when the same stage with the same inputs has been computed before."""
+
+    pretrain: Pretrain | None = None
+    """Continued pre-training on raw text."""
+    sft: Sft | None = None
+    """Supervised fine-tuning on prompts and answers."""
+    dpo: Dpo | None = None
+    """Direct preference optimisation on preference pairs."""
+    merge: Merge | None = None
+    """Merge adapters into full weights for serving."""
+    evaluate: Evaluate | None = None
+    """Measure a policy against a baseline."""
+
+    @classmethod
+    def common_fields(cls) -> frozenset[str]:
+        """Fields that every stage has."""
+        return frozenset({"name", "model", "after", "resources", "gates", "retries", "timeout", "cache"})
+
+    @property
+    def type(self) -> str:
+        """The stage type, such as `sft`."""
+        return self.choice
+
+
+RuntimeClass = Literal["train", "generate", "cpu"]
+
+
+@dataclass(frozen=True, slots=True)
+class StageType:
+    """What the planner and the checker know about a stage type."""
+
+    name: str
+    numerics_version: int
+    """Raised when the same input would give another output; part of every fingerprint."""
+    yields: ArtifactKind
+    runtime_class: RuntimeClass
+    dataset_formats: frozenset[str] | None = None
+    """Formats that the field `dataset` takes; None where the type has no such field."""
+    takes_policy: bool = True
+
+
+STAGE_TYPES: dict[str, StageType] = {
+    kind.name: kind
+    for kind in (
+        StageType("pretrain", 1, ArtifactKind.POLICY, "train", TEXT_FORMATS),
+        StageType("sft", 1, ArtifactKind.POLICY, "train", SUPERVISED_FORMATS),
+        StageType("dpo", 1, ArtifactKind.POLICY, "train", PREFERENCE_FORMATS),
+        StageType("merge", 1, ArtifactKind.POLICY, "cpu"),
+        StageType("evaluate", 1, ArtifactKind.REPORT, "generate"),
+    )
+}
+
+SUITE_FORMATS: dict[str, frozenset[str]] = {
+    "perplexity": LIKELIHOOD_FORMATS,
+    "preferenceAccuracy": PREFERENCE_FORMATS,
+    "winRate": SUPERVISED_FORMATS | PREFERENCE_FORMATS,
+    "samples": SUPERVISED_FORMATS | PREFERENCE_FORMATS,
+}

@@ -1,0 +1,3 @@
+module plumbline.dev/tests/cluster/coredns
+
+go 1.24.0
