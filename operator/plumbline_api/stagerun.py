@@ -20,6 +20,8 @@ PROGRESS_TOKEN_ENV = "PLUMBLINE_PROGRESS_TOKEN_FILE"  # noqa: S105
 """File with the bearer token for progress."""
 PROGRESS_CA_ENV = "PLUMBLINE_PROGRESS_CA_FILE"
 """File with the certificate authority of the progress server."""
+PROGRESS_FILE_ENV = "PLUMBLINE_PROGRESS_FILE"
+"""File that takes the same report instead, replaced atomically; the local runner reads it."""
 TERMINATION_LOG_ENV = "PLUMBLINE_TERMINATION_LOG"
 """File that rank 0 of node 0 writes the StageResult to; default /dev/termination-log."""
 RESULT_FILE_NAME = "result.json"

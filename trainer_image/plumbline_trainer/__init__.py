@@ -1,0 +1,1 @@
+"""The trainer: every stage that runs as a Job or as a local process."""
