@@ -14,9 +14,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--state", type=Path, default=default_state_dir(), help="state folder (default: %(default)s)")
     commands = parser.add_subparsers(dest="command", required=True)
     up = commands.add_parser("up", help="start a cluster, or what is missing of a running one")
-    up.add_argument("--control-plane-only", action="store_true", help="API server and controllers on loopback, no root needed")
     up.add_argument(
-        "--images", choices=("none", "operator", "all"), default="all", help="which of our images to build and load (default: %(default)s)"
+        "--control-plane-only", action="store_true", help="API server and controllers on loopback, no root needed"
+    )
+    up.add_argument(
+        "--images",
+        choices=("none", "operator", "all"),
+        default="all",
+        help="which of our images to build and load (default: %(default)s)",
     )
     up.add_argument("--own", action="store_true", help="never use kind, even where a container engine answers")
     commands.add_parser("down", help="stop what `up` started and remove all it made")

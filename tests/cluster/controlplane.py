@@ -108,7 +108,9 @@ def etcd_arguments(plan: ControlPlanePlan) -> list[str]:
     ]
 
 
-def apiserver_arguments(plan: ControlPlanePlan, serving: KeyPair, kubelet_client: KeyPair, accounts: KeyPair) -> list[str]:
+def apiserver_arguments(
+    plan: ControlPlanePlan, serving: KeyPair, kubelet_client: KeyPair, accounts: KeyPair
+) -> list[str]:
     authority = plan.certificates / "ca.crt"
     return [
         f"--etcd-servers=http://127.0.0.1:{plan.etcd_port}",
@@ -172,7 +174,10 @@ def start_control_plane(state: ClusterState, address: str = "127.0.0.1") -> Cont
 
     Raises ClusterUnavailableError without Go and ClusterFailedError, with the log, when a part does not start.
     """
-    programs = {name: str(find_program(name)) for name in ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")}
+    programs = {
+        name: str(find_program(name))
+        for name in ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
+    }
     for attempt in range(1, ATTEMPTS + 1):
         ports = choose_free_ports(address, 1) + choose_free_ports("127.0.0.1", 2)
         plan = ControlPlanePlan(state.folder, address, *ports)

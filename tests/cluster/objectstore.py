@@ -53,7 +53,17 @@ class ObjectStore:
 
 def server_arguments(address: str, port: int, folder: Path) -> list[str]:
     """Command line of versitygw; the keys go by environment, where `ps` does not show them."""
-    return ["--port", f"{address}:{port}", "--region", REGION, "--quiet", "posix", "--sidecar", str(folder / "metadata"), str(folder / "objects")]
+    return [
+        "--port",
+        f"{address}:{port}",
+        "--region",
+        REGION,
+        "--quiet",
+        "posix",
+        "--sidecar",
+        str(folder / "metadata"),
+        str(folder / "objects"),
+    ]
 
 
 def start_object_store(state: ClusterState, address: str = "127.0.0.1") -> ObjectStore:

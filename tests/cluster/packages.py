@@ -57,7 +57,8 @@ def ensure_packages(packages: dict[str, str]) -> None:
     apt = shutil.which("apt-get")
     if apt is None or os.geteuid() != 0:
         raise ClusterUnavailableError(
-            f"missing: {wanted}", f"install these with your package manager (Debian: apt-get install {' '.join(missing)})"
+            f"missing: {wanted}",
+            f"install these with your package manager (Debian: apt-get install {' '.join(missing)})",
         )
     _run_apt([apt, "update"])
     # containerd and runc must not start a service of their own: policy-rc.d is the documented way to say so.

@@ -45,3 +45,21 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+def _owner_file() -> Path:
+    return cache_root() / "node-owner"
+
+
+def load_owner() -> Path | None:
+    """State folder of the cluster that has this machine's node and containerd's root."""
+    file = _owner_file()
+    return Path(file.read_text().strip()) if file.exists() else None
+
+
+def write_owner(folder: Path) -> None:
+    _owner_file().write_text(f"{folder}\n")
+
+
+def remove_owner() -> None:
+    _owner_file().unlink(missing_ok=True)

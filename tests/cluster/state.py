@@ -1,10 +1,12 @@
 """The record of a running cluster: what was started and made, so that exactly that is taken away again."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,20 @@ class ClusterState:
         self.processes = [record for record in self.processes if record.name != name]
         self.save()
 
+    def stop_all(self, grace_seconds: float = 3.0) -> None:
+        """Stop every recorded process at once: all get SIGTERM together, the slow ones SIGKILL."""
+        processes = [process for record in self.processes if (process := record.process())]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        _, slow = psutil.wait_procs(processes, timeout=grace_seconds)
+        for process in slow:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(slow, timeout=10)
+        self.processes = []
+        self.save()
+
 
 def stop_process(process: psutil.Process, grace_seconds: float) -> None:
     """End a process and wait until it is gone, also when it is our own child."""
@@ -134,17 +150,23 @@ def load_state(folder: Path) -> ClusterState | None:
         return None
     document = json.loads(path.read_text())
     if document.pop("version", None) != STATE_VERSION:
-        raise ClusterFailedError(f"{path} was written by another version: remove the folder after stopping its processes")
+        raise ClusterFailedError(
+            f"{path} was written by another version: remove the folder after stopping its processes"
+        )
     records = [ProcessRecord(**record) for record in document.pop("processes")]
     return ClusterState(folder=folder, processes=records, **document)
 
 
-def wait_until(ready: Any, what: str, state: ClusterState, process: str, seconds: float = 60.0, pause: float = 0.1) -> None:
+def wait_until(
+    ready: Callable[[], bool], what: str, state: ClusterState, process: str, seconds: float = 60.0, pause: float = 0.1
+) -> None:
     """Poll `ready()` until it is true; fails early, with the log, when the process that it waits for has died."""
     deadline = time.monotonic() + seconds
     while not ready():
         if state.process(process) is None:
             raise ClusterFailedError(f"{what}: {process} has ended. Its log ends:\n{state.log_tail(process)}")
         if time.monotonic() > deadline:
-            raise ClusterFailedError(f"{what}: not within {seconds:.0f} s. The log of {process} ends:\n{state.log_tail(process)}")
+            raise ClusterFailedError(
+                f"{what}: not within {seconds:.0f} s. The log of {process} ends:\n{state.log_tail(process)}"
+            )
         time.sleep(pause)

@@ -1,0 +1,2 @@
+def find_engine():
+    return None
