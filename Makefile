@@ -1,0 +1,87 @@
+# Every target that needs Python makes .venv itself; nothing has to be installed by hand.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STORAGE ?= runs
+CACHE := $(if $(PLUMBLINE_CACHE),$(PLUMBLINE_CACHE),$(HOME)/.cache/plumbline)
+UV := $(BIN)/uv --quiet
+CLUSTER := PYTHONPATH=tests $(BIN)/python -m cluster
+export UV_CACHE_DIR ?= $(CACHE)/uv
+export UV_SYSTEM_CERTS ?= 1
+export UV_LINK_MODE ?= copy
+
+.PHONY: help quickstart test test-unit check gen image cluster-up cluster-quickstart cluster-down e2e bench bench-trainer lock format clean
+
+help: ## Show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
+
+$(BIN)/uv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is %d.%d. Try: make PYTHON=python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+
+# What a run on this machine needs.
+$(VENV)/.run: requirements/trainer.txt requirements/demo.txt pyproject.toml | $(BIN)/uv
+	$(UV) pip install -r requirements/trainer.txt
+	$(UV) pip install --no-deps -r requirements/demo.txt
+	$(UV) pip install --no-deps -e .
+	@touch $@
+
+# What tests, checks and generators need on top.
+$(VENV)/.dev: requirements/all.txt $(VENV)/.run
+	$(UV) pip install -r requirements/all.txt
+	@touch $@
+
+quickstart: $(VENV)/.run ## Train, merge and evaluate a small model on this machine, then write a report
+	$(BIN)/plumbline run examples/01-quickstart/pipeline.yaml --storage $(STORAGE)
+
+test: $(VENV)/.dev ## Every test this machine can run; says what was left out and why
+	hack/run-tests
+
+test-unit: $(VENV)/.dev ## Tests that need no cluster and no network
+	$(BIN)/python -m pytest tests/unit
+
+check: $(VENV)/.dev ## Format, lint, types, import rules, generated files, licences
+	$(BIN)/ruff format --check operator trainer_image tests hack
+	$(BIN)/ruff check operator trainer_image tests hack
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m plumbline_api.generate --check
+	$(BIN)/pip-licenses --from=mixed > /dev/null
+
+format: $(VENV)/.dev ## Format and mend what can be mended
+	$(BIN)/ruff format operator trainer_image tests hack
+	$(BIN)/ruff check --fix operator trainer_image tests hack
+
+gen: $(VENV)/.dev ## Write CRDs, the chart's copy and the reference from the models
+	$(BIN)/python -m plumbline_api.generate
+
+image: $(VENV)/.dev ## Build the operator and the trainer image with docker, podman or buildah
+	hack/build-images
+
+cluster-up: $(VENV)/.dev ## Start a throw-away cluster with S3, images and the operator's CRDs
+	$(CLUSTER) up
+
+cluster-quickstart: $(VENV)/.dev ## The quickstart pipeline on a throw-away cluster, by Helm and kubectl
+	hack/cluster-quickstart
+
+cluster-down: $(VENV)/.dev ## Remove everything that cluster-up made
+	$(CLUSTER) down
+
+e2e: $(VENV)/.dev ## Tests on the real node with real images, S3 and Helm
+	$(BIN)/python -m pytest tests/e2e
+
+bench: $(VENV)/.dev ## Measure hand-over, operator memory, checkpoint transfer and the quickstart
+	$(BIN)/python -m tests.bench
+
+lock: $(BIN)/uv ## Pin the dependencies anew
+	$(UV) pip compile pyproject.toml --all-extras --group dev --python-version 3.11 --no-header --no-annotate -o requirements/all.txt
+	$(UV) pip compile pyproject.toml --extra operator -c requirements/all.txt --python-version 3.11 --no-header --no-annotate -o requirements/operator.txt
+	$(UV) pip compile pyproject.toml --extra trainer --extra demo -c requirements/all.txt --python-version 3.11 --no-header --no-annotate -o requirements/trainer.txt
+
+clean: ## Remove the environment and what runs wrote here
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,135 @@
+"""The record, the fingerprints and what travels between operator and trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plumbline_api.errors import InputError
+from plumbline_api.names import JOB_NAME_MAX, job_name
+from plumbline_api.pipeline import AlignmentPipeline
+from plumbline_api.record import RunRecord, fingerprints
+from plumbline_api.resolve import resolve
+from plumbline_api.runtime import AlignmentRuntime
+from plumbline_api.stagerun import STAGE_RESULT_MAX_BYTES, PreflightFindings, StageResult, StageRun
+from plumbline_api.training import Sft
+from support.pipelines import STAGES, pipeline_body, runtime_body
+
+DIGESTS = ["a" * 64, "b" * 64, "c" * 64, "d" * 64]
+
+
+def record_of(body: dict[str, Any]) -> RunRecord:
+    return resolve(
+        AlignmentPipeline.parse(body), AlignmentRuntime.parse(runtime_body()), operator_version="test", place="cluster"
+    )
+
+
+def prints(**changes: Any) -> dict[str, str]:
+    return fingerprints(record_of(pipeline_body(**changes)), DIGESTS)
+
+
+def replaced(index: int, stage: dict[str, Any]) -> list[dict[str, Any]]:
+    return [stage if i == index else s for i, s in enumerate(STAGES)]
+
+
+# Golden: these change only when a numerics version is raised or the fingerprint's definition changes, and then every
+# stage in every user's storage is computed anew. Never edit them for convenience.
+GOLDEN = {
+    "domain": "e70a02ddad712bbe782fdb51b6e5b8e43f41eca6b80c118e2826d62ee33eed30",
+    "sft": "1c9108066a3d2fedf28bb0e1208ef58dd09f4e9bce399aa29050f60eb149e920",
+    "dpo": "8dcffbebe7d7952c3662c0f696d02254b645a518986901be2881bd0ac98a460b",
+    "final": "34a74869b199767c341b0b805ec5ddb737e0b0b953e07264b096bb7322d0eb34",
+    "exam": "e107c8047ad4b65f99782ae72025dbb56d4ecf08276066cbac10a5d4d8c1d3c4",
+}
+
+
+def test_golden_fingerprints() -> None:
+    assert prints() == GOLDEN
+
+
+def test_a_name_is_not_new_work() -> None:
+    renamed = [{**s, "name": s["name"] + "-x"} for s in STAGES]
+    assert list(prints(stages=renamed, name="other").values()) == list(prints().values())
+
+
+def test_an_edit_changes_the_stage_and_what_depends_on_it() -> None:
+    edited = replaced(1, {"name": "sft", "sft": {"dataset": "tickets", "lora": {"rank": 8}}})
+    before, after = prints(), prints(stages=edited)
+    assert [name for name in before if before[name] != after[name]] == ["sft", "dpo", "final", "exam"]
+
+
+def test_resources_retries_and_checkpoint_interval_do_not_change_fingerprints() -> None:
+    stage = {
+        "name": "sft",
+        "retries": 5,
+        "timeout": "1h",
+        "resources": {"nodes": 2, "memory": "8Gi"},
+        "sft": {"dataset": "tickets", "lora": {"rank": 4}, "training": {"checkpointEverySteps": 3}},
+    }
+    assert prints(stages=replaced(1, stage)) == prints()
+
+
+def test_seed_and_data_change_fingerprints() -> None:
+    assert set(prints().values()).isdisjoint(prints(seed=1).values())
+    record = record_of(pipeline_body())
+    changed = fingerprints(record, ["a" * 64, "b" * 64, "e" * 64, "d" * 64])
+    assert [n for n, f in changed.items() if f != GOLDEN[n]] == ["sft", "dpo", "final", "exam"]
+
+
+def test_an_uncached_stage_is_its_pipelines_own() -> None:
+    stages = replaced(0, {**STAGES[0], "cache": False})
+    assert prints(stages=stages)["domain"] != prints(stages=stages, uid="another")["domain"]
+
+
+def test_effective_parameters_parse_again_and_say_everything() -> None:
+    parameters = dict(record_of(pipeline_body()).stage("sft").parameters)
+    assert parameters.pop("seed") == 0
+    sft = Sft.model_validate(parameters)
+    assert sft.training.learning_rate == 2e-4
+    assert sft.training.precision == "float32"
+    assert sft.lora is not None
+    assert sft.lora.alpha == 8.0
+
+
+def test_record_survives_the_wire() -> None:
+    record = record_of(pipeline_body())
+    again = RunRecord.model_validate(record.to_wire())
+    assert again == record
+    assert again.digest() == record.digest()
+
+
+@given(
+    pipeline=st.from_regex(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", fullmatch=True),
+    stage=st.from_regex(r"[a-z]([-a-z0-9]{0,28}[a-z0-9])?", fullmatch=True),
+    attempt=st.integers(1, 500),
+)
+def test_job_names_fit_and_tell_attempts_apart(pipeline: str, stage: str, attempt: int) -> None:
+    name = job_name(pipeline=pipeline, stage=stage, uid="u", fingerprint="f", attempt=attempt)
+    assert len(name) <= JOB_NAME_MAX
+    assert name[0].isalpha()
+    assert name != job_name(pipeline=pipeline, stage=stage, uid="u", fingerprint="f", attempt=attempt + 1)
+
+
+@given(message=st.text(max_size=20000), notes=st.lists(st.text(max_size=160), max_size=16))
+def test_a_result_always_fits_a_termination_message(message: str, notes: list[str]) -> None:
+    findings = PreflightFindings(digests=["x" * 43] * 48, cached="1" * 64, notes=notes)
+    result = StageResult(outcome="Failed", reason="BadInput", message=message, preflight=findings)
+    text = result.to_message()
+    assert len(text.encode()) < STAGE_RESULT_MAX_BYTES
+    again = StageResult.from_message(text)
+    assert again is not None
+    assert again.preflight is not None
+    assert again.preflight.digests == findings.digests
+
+
+def test_a_message_that_is_no_result_is_none() -> None:
+    assert StageResult.from_message("") is None
+    assert StageResult.from_message("Traceback (most recent call last)") is None
+
+
+def test_a_trainer_of_another_contract_says_so() -> None:
+    with pytest.raises(InputError, match="contract version") as caught:
+        StageRun.from_json('{"contractVersion": 99}')
+    assert caught.value.reason == "RuntimeTooOld"
