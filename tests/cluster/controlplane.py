@@ -185,8 +185,7 @@ def start_control_plane(state: ClusterState, address: str = "127.0.0.1") -> Cont
             _start(state, plan, programs)
             return plan
         except ClusterFailedError as failure:
-            for name in ("kube-apiserver", "etcd"):
-                state.stop(name)
+            state.stop("kube-apiserver", "etcd")
             if attempt == ATTEMPTS or "address already in use" not in str(failure):
                 raise
     raise AssertionError("unreachable")

@@ -109,7 +109,7 @@ def bring_down(folder: Path) -> None:
     else:
         if state.kind == NODE:
             remove_node(state)
-        state.stop_all()
+        state.stop(grace_seconds=1.0)
         if state.kind == NODE:
             from cluster.network import remove_network
 

@@ -7,6 +7,7 @@ containerd's root lies in the cache folder, so that an image is loaded once per 
 
 import hashlib
 import json
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +129,12 @@ def proxy_configuration(kubeconfig: Path, subnet: str, health_port: int, metrics
     }
 
 
-def corefile(address: str, kubeconfig: Path, health_port: int) -> str:
+def corefile(address: str, kubeconfig: Path, ready_port: int) -> str:
     """CoreDNS on the bridge; names outside the cluster are refused, as pods have no way out."""
     return f""".:53 {{
     bind {address}
     errors
-    health 127.0.0.1:{health_port}
+    ready 127.0.0.1:{ready_port}
     kubernetes cluster.local in-addr.arpa {{
         kubeconfig {kubeconfig} plumbline-test
         ttl 2
@@ -205,62 +206,80 @@ def start_containerd(state: ClusterState) -> None:
         write_busybox_archive(archive, BUSYBOX_IMAGE)
         containerd_client(state, "images", "import", str(archive))
         archive.unlink()
+    state.images["busybox"] = BUSYBOX_IMAGE
+    state.save()
 
 
 def start_node(state: ClusterState) -> None:
-    """Start containerd, kubelet, kube-proxy and CoreDNS; returns when the node is Ready and DNS answers."""
-    address = state.network["address"]
-    programs = {name: str(find_program(name)) for name in ("kubelet", "kube-proxy", "kubectl", "coredns")}
+    """Start what does not run yet of containerd, kubelet, kube-proxy and CoreDNS; returns when the node is Ready and DNS answers."""
+    for name in ("kubelet", "kube-proxy", "kubectl", "coredns"):
+        find_program(name)
     start_containerd(state)
     authority = Authority(state.folder / "certificates")
+    for name, start in (("kubelet", start_kubelet), ("kube-proxy", start_proxy), ("coredns", start_dns)):
+        if state.process(name) is None:
+            start(state, authority)
     admin = KeyPair(authority.folder / "admin.crt", authority.folder / "admin.key")
-    kubelet_port = choose_free_ports(address, 1)[0]
-    proxy_health, proxy_metrics, dns_health = choose_free_ports("127.0.0.1", 3)
+    ready = f"http://127.0.0.1:{state.network['dns-ready-port']}/ready"
+    wait_until(lambda: answers(ready), "cluster DNS ready", state, "coredns")
+    wait_until(lambda: node_is_ready(state.server, authority.pair, admin), "node Ready", state, "kubelet", 120)
+    wait_until(
+        lambda: "kube-proxy" in run_tool("nft", "list", "tables", check=False), "service rules written", state, "kube-proxy"
+    )
 
+
+def start_kubelet(state: ClusterState, authority: Authority) -> None:
+    address = state.network["address"]
+    port = choose_free_ports(address, 1)[0]
     pair = authority.issue(
         "kubelet", f"system:node:{NODE_NAME}", ("system:nodes",), hosts=(NODE_NAME, address, "127.0.0.1")
     )
     kubeconfig = write_kubeconfig(state.folder / "kubelet.kubeconfig", state.server, authority.pair, pair)
     configuration = state.folder / "kubelet.yaml"
-    configuration.write_text(yaml.safe_dump(kubelet_configuration(state, address, kubelet_port, pair, authority.pair)))
-    state.start(
-        "kubelet",
-        [
-            programs["kubelet"],
-            f"--config={configuration}",
-            f"--kubeconfig={kubeconfig}",
-            f"--root-dir={state.folder / 'kubelet'}",
-            f"--cert-dir={state.folder / 'kubelet' / 'pki'}",
-            f"--hostname-override={NODE_NAME}",
-            f"--node-ip={address}",
-        ],
-        system_path(),
-    )
+    configuration.write_text(yaml.safe_dump(kubelet_configuration(state, address, port, pair, authority.pair)))
+    arguments = [
+        f"--config={configuration}",
+        f"--kubeconfig={kubeconfig}",
+        f"--root-dir={state.folder / 'kubelet'}",
+        f"--cert-dir={state.folder / 'kubelet' / 'pki'}",
+        f"--hostname-override={NODE_NAME}",
+        f"--node-ip={address}",
+    ]
+    state.start("kubelet", [str(find_program("kubelet")), *arguments], system_path())
 
-    proxy_client = authority.issue("kube-proxy", "system:kube-proxy")
-    kubeconfig = write_kubeconfig(state.folder / "kube-proxy.kubeconfig", state.server, authority.pair, proxy_client)
+
+def start_proxy(state: ClusterState, authority: Authority) -> None:
+    client = authority.issue("kube-proxy", "system:kube-proxy")
+    kubeconfig = write_kubeconfig(state.folder / "kube-proxy.kubeconfig", state.server, authority.pair, client)
     configuration = state.folder / "kube-proxy.yaml"
-    configuration.write_text(
-        yaml.safe_dump(proxy_configuration(kubeconfig, state.network["subnet"], proxy_health, proxy_metrics))
-    )
-    state.start("kube-proxy", [programs["kube-proxy"], f"--config={configuration}"], system_path())
+    ports = choose_free_ports("127.0.0.1", 2)
+    configuration.write_text(yaml.safe_dump(proxy_configuration(kubeconfig, state.network["subnet"], *ports)))
+    state.start("kube-proxy", [str(find_program("kube-proxy")), f"--config={configuration}"], system_path())
 
-    dns_client = authority.issue("coredns", "plumbline-test-dns", ("system:masters",))
-    kubeconfig = write_kubeconfig(state.folder / "coredns.kubeconfig", state.server, authority.pair, dns_client)
+
+def start_dns(state: ClusterState, authority: Authority) -> None:
+    address = state.network["address"]
+    client = authority.issue("coredns", "plumbline-test-dns", ("system:masters",))
+    kubeconfig = write_kubeconfig(state.folder / "coredns.kubeconfig", state.server, authority.pair, client)
+    ready_port = choose_free_ports("127.0.0.1", 1)[0]
+    state.network["dns-ready-port"] = str(ready_port)
     configuration = state.folder / "Corefile"
-    configuration.write_text(corefile(address, kubeconfig, dns_health))
-    state.start("coredns", [programs["coredns"], "-conf", str(configuration)])
+    configuration.write_text(corefile(address, kubeconfig, ready_port))
+    state.start("coredns", [str(find_program("coredns")), "-conf", str(configuration)])
     manifest = state.folder / "dns.yaml"
     manifest.write_text(dns_service(address))
-    run_tool(programs["kubectl"], f"--kubeconfig={state.kubeconfig}", "apply", "--server-side", "-f", str(manifest))
-
-    wait_until(lambda: node_is_ready(state.server, authority.pair, admin), "node Ready", state, "kubelet", 120)
-    wait_until(
-        lambda: "kube-proxy" in run_tool("nft", "list", "tables", check=False),
-        "service rules written",
-        state,
-        "kube-proxy",
+    run_tool(
+        str(find_program("kubectl")), f"--kubeconfig={state.kubeconfig}", "apply", "--server-side", "-f", str(manifest)
     )
+
+
+def answers(url: str) -> bool:
+    """Whether a plain HTTP GET succeeds."""
+    try:
+        with urllib.request.urlopen(url, timeout=2) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
 
 
 def system_path() -> dict[str, str]:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -108,39 +107,25 @@ class ClusterState:
         self.processes.append(ProcessRecord(name, child.pid, started))
         self.save()
 
-    def stop(self, name: str, grace_seconds: float = 10.0) -> None:
-        """Stop one recorded process and forget it: SIGTERM, then SIGKILL after the grace time."""
-        process = self.process(name)
-        if process is not None:
-            stop_process(process, grace_seconds)
-        self.processes = [record for record in self.processes if record.name != name]
-        self.save()
-
-    def stop_all(self, grace_seconds: float = 3.0) -> None:
-        """Stop every recorded process at once: all get SIGTERM together, the slow ones SIGKILL."""
-        processes = [process for record in self.processes if (process := record.process())]
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.terminate()
-        _, slow = psutil.wait_procs(processes, timeout=grace_seconds)
-        for process in slow:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(slow, timeout=10)
-        self.processes = []
+    def stop(self, *names: str, grace_seconds: float = 2.0) -> None:
+        """Stop recorded processes, all of them without a name: SIGTERM to all together, SIGKILL to the slow ones, then forget them."""
+        records = [record for record in self.processes if not names or record.name in names]
+        processes = [process for record in records if (process := record.process())]
+        stop_processes(processes, grace_seconds)
+        self.processes = [record for record in self.processes if record not in records]
         self.save()
 
 
-def stop_process(process: psutil.Process, grace_seconds: float) -> None:
-    """End a process and wait until it is gone, also when it is our own child."""
-    try:
-        process.send_signal(signal.SIGTERM)
-        process.wait(grace_seconds)
-    except psutil.TimeoutExpired:
-        process.kill()
-        process.wait(grace_seconds)
-    except psutil.NoSuchProcess:
-        return
+def stop_processes(processes: list[psutil.Process], grace_seconds: float) -> None:
+    """End processes and wait until they are gone, also when they are our own children."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, slow = psutil.wait_procs(processes, timeout=grace_seconds)
+    for process in slow:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(slow, timeout=10)
 
 
 def load_state(folder: Path) -> ClusterState | None:

@@ -10,16 +10,15 @@ import psutil
 from cluster.errors import ClusterFailedError
 from cluster.network import run_tool
 from cluster.node import containerd_client, run_folder
-from cluster.state import ClusterState, stop_process
+from cluster.state import ClusterState, stop_processes
 
 
 def remove_node(state: ClusterState) -> None:
     """Stop kubelet, proxy and DNS, then every container, then containerd, and undo their traces on the machine."""
-    for name in ("kubelet", "kube-proxy", "coredns"):
-        state.stop(name, grace_seconds=5.0)
+    state.stop("kubelet", "kube-proxy", "coredns")
     if state.process("containerd"):
         remove_containers(state)
-        state.stop("containerd")
+        state.stop("containerd", grace_seconds=1.0)
     stop_shims(state)
     unmount_below(state.folder)
     unmount_below(run_folder(state))
@@ -41,10 +40,12 @@ def remove_containers(state: ClusterState) -> None:
 def stop_shims(state: ClusterState) -> None:
     """End shims that outlived their task; they are known by our containerd's socket in their command line."""
     socket = str(run_folder(state) / "containerd.sock")
+    shims = []
     for process in psutil.process_iter(["cmdline", "name"]):
         command = process.info["cmdline"] or []
         if command and Path(command[0]).name.startswith("containerd-shim") and socket in command:
-            stop_process(process, 5.0)
+            shims.append(process)
+    stop_processes(shims, 5.0)
 
 
 def mounts_below(folder: Path, table: str) -> list[str]:

@@ -179,7 +179,7 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSto
     except ClusterUnavailableError as error:
         pytest.skip(str(error))
     finally:
-        state.stop_all()
+        state.stop()
 
 
 @pytest.fixture
