@@ -128,7 +128,7 @@ def _convert(node: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any
         inner = target.pop("description", None)
         node = {**target, **node}
         if own or inner:
-            node["description"] = own if inner in (None, own) else f"{own}\n{inner}" if own else inner
+            node["description"] = _joined(own, inner)
         return _convert(node, definitions)
     if "anyOf" in node:
         options = [option for option in node.pop("anyOf") if option.get("type") != "null"]
@@ -187,6 +187,15 @@ def _convert(node: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any
         elif isinstance(node.get("additionalProperties"), dict):
             result["additionalProperties"] = _convert(node["additionalProperties"], definitions)
     return result
+
+
+def _joined(own: str | None, inner: str | None) -> str:
+    """What the field says and what its type says, without saying it twice."""
+    if own is None or inner is None or own == inner:
+        return own or inner or ""
+    if own.split()[:2] == inner.split()[:2]:
+        return max(own, inner, key=len)
+    return f"{own}\n{inner}"
 
 
 def _default_words(node: dict[str, Any]) -> str:
