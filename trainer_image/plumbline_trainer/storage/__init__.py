@@ -1,0 +1,1 @@
+"""Objects, manifests and checkpoints in object storage."""

@@ -1,0 +1,164 @@
+"""One object store for file:// and s3://: the only way the trainer reads and writes anything that outlives its pod."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import translate
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from plumbline_trainer.errors import InputError
+from plumbline_trainer.storage import uris
+from plumbline_trainer.storage.files import FileBackend
+from plumbline_trainer.storage.uris import Location
+
+if TYPE_CHECKING:
+    from plumbline_api.pipeline import Storage
+
+PARALLEL_OBJECTS = 4
+"""Objects moved at once; each large one is itself moved in parallel parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """What a listing says about an object."""
+
+    uri: str
+    size: int
+    etag: str
+    """Changes when the object does: the ETag, or modification time and inode of a file."""
+    modified: str = ""
+    """When it was last written."""
+
+
+class Backend(Protocol):
+    """What a scheme must be able to do. Missing objects raise FileNotFoundError, the rest maps to the trainer's errors."""
+
+    def put_file(self, place: Location, path: Path) -> str: ...
+    def put_bytes(self, place: Location, data: bytes, *, if_absent: bool) -> bool: ...
+    def get_file(self, place: Location, path: Path) -> str: ...
+    def get_bytes(self, place: Location) -> bytes: ...
+    def head(self, place: Location) -> tuple[int, str, str] | None: ...
+    def hash(self, place: Location) -> tuple[str, int]: ...
+    def list(self, place: Location) -> Iterator[tuple[str, int, str, str]]: ...
+    def delete(self, places: list[Location]) -> None: ...
+
+
+class ObjectStore:
+    """Objects by full URI. Thread-safe.
+
+    Errors: `InputError` (reason StorageDenied, StorageMissing, …) where a person must act, `TransientError` where trying
+    again may help, `FileNotFoundError` for an object that is not there.
+    """
+
+    def __init__(self, *, endpoint: str | None = None, region: str | None = None) -> None:
+        self._endpoint, self._region = endpoint, region
+        self._backends: dict[str, Backend] = {}
+
+    def put_file(self, uri: str, path: Path) -> str:
+        """Upload a file; its SHA-256. Readers see the whole object or none."""
+        backend, place = self._at(uri)
+        return backend.put_file(place, path)
+
+    def put_bytes(self, uri: str, data: bytes, *, if_absent: bool = False) -> bool:
+        """Write a small object. With `if_absent`: False if somebody else's object was there first."""
+        backend, place = self._at(uri)
+        return backend.put_bytes(place, data, if_absent=if_absent)
+
+    def get_file(self, uri: str, path: Path) -> str:
+        """Download to a file (written beside it and renamed); the SHA-256 of what was received."""
+        backend, place = self._at(uri)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return backend.get_file(place, path)
+
+    def get_bytes(self, uri: str) -> bytes:
+        """A small object."""
+        backend, place = self._at(uri)
+        return backend.get_bytes(place)
+
+    def hash(self, uri: str) -> tuple[str, int]:
+        """SHA-256 and size of an object's bytes as they are read now; nothing is kept."""
+        backend, place = self._at(uri)
+        return backend.hash(place)
+
+    def stat(self, uri: str) -> ObjectInfo | None:
+        """Size and ETag; None if there is no such object."""
+        backend, place = self._at(uri)
+        found = backend.head(place)
+        return None if found is None else ObjectInfo(uri, *found)
+
+    def exists(self, uri: str) -> bool:
+        """Whether an object is there."""
+        return self.stat(uri) is not None
+
+    def list(self, prefix: str) -> list[ObjectInfo]:
+        """Objects below a folder, in order of their URI; empty when the folder is not there."""
+        backend, place = self._at(prefix.rstrip("/"))
+        root = prefix.rstrip("/")
+        found = [ObjectInfo(f"{root}/{key}", size, etag, when) for key, size, etag, when in backend.list(place)]
+        return sorted(found, key=lambda info: info.uri)
+
+    def glob(self, pattern: str) -> list[ObjectInfo]:
+        """Objects that match a URI with `*`, `?`, `[…]`; `*` does not cross `/`, `**` does."""
+        fixed = pattern
+        while uris.is_pattern(fixed):
+            fixed = fixed.rpartition("/")[0]
+        if "://" not in fixed and "://" in pattern:
+            raise InputError(f'"{pattern}": the bucket itself cannot be a pattern')
+        expression = re.compile(_glob_expression(pattern))
+        return [info for info in self.list(fixed) if expression.fullmatch(info.uri)]
+
+    def delete_prefix(self, prefix: str) -> None:
+        """Delete everything below a folder."""
+        backend, _ = self._at(prefix)
+        backend.delete([uris.parse(info.uri) for info in self.list(prefix)])
+
+    def put_folder(self, root: str, folder: Path) -> list[tuple[str, int, str]]:
+        """Upload every file below a folder, several at once: (relative path, size, SHA-256) in order of path."""
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        names = [path.relative_to(folder).as_posix() for path in paths]
+        targets = [uris.join(root, name) for name in names]
+        with ThreadPoolExecutor(PARALLEL_OBJECTS) as pool:
+            digests = list(pool.map(self.put_file, targets, paths))
+        return [(name, path.stat().st_size, digest) for name, path, digest in zip(names, paths, digests, strict=True)]
+
+    def _at(self, uri: str) -> tuple[Backend, Location]:
+        place = uris.parse(uri)
+        backend = self._backends.get(place.scheme)
+        if backend is None:
+            backend = self._open(place.scheme)
+            self._backends[place.scheme] = backend
+        return backend, place
+
+    def _open(self, scheme: str) -> Backend:
+        if scheme == "file":
+            return FileBackend()
+        from plumbline_trainer.storage.s3 import S3Backend
+
+        return S3Backend(endpoint=self._endpoint, region=self._region)
+
+
+def open_store(storage: Storage) -> ObjectStore:
+    """The store of a run; credentials come from the environment (AWS_*)."""
+    return ObjectStore(endpoint=storage.endpoint, region=storage.region)
+
+
+def _glob_expression(pattern: str) -> str:
+    """A regular expression in which `*` and `?` stop at `/` and `**` does not."""
+    pieces = []
+    for part in re.split(r"(\*\*/?|\*|\?|\[[^]/]+\])", pattern):
+        if part.startswith("**"):
+            pieces.append("(?:.*/)?" if part.endswith("/") else ".*")
+        elif part == "*":
+            pieces.append("[^/]*")
+        elif part == "?":
+            pieces.append("[^/]")
+        elif part.startswith("["):
+            pieces.append(translate(part).removeprefix("(?s:").removesuffix(r")\Z"))
+        else:
+            pieces.append(re.escape(part))
+    return "".join(pieces)
+
