@@ -1,0 +1,199 @@
+"""Model folders from outside: what is in them is data, never code.
+
+A folder is not given to transformers as it is. A clean view of it is made first: only files of known names and formats,
+and settings without the keys that would load code, kernels or adapters from somewhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+from plumbline_api.errors import InputError
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_SHARD = re.compile(r"^[\w.-]+\.safetensors$")
+_CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate", "use_kernels", "kernel_config"})
+"""Keys that point at code. They are dropped: an architecture that transformers knows does not need them."""
+_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def model_view(source: Path, into: Path) -> Path:
+    """Make a clean view of a model folder (links to its weights, cleaned settings) and return it.
+
+    Raises:
+        InputError: if the folder holds no usable model, or one that only its own code can load.
+    """
+    config = clean_config(read_settings(source, "config.json", required=True), source)
+    shards = weight_files(source)
+    into.mkdir(parents=True, exist_ok=True)
+    _write(into / "config.json", config)
+    for shard in shards:
+        (into / shard.name).symlink_to(shard.resolve())
+    if (source / WEIGHTS_INDEX).is_file() and not (source / WEIGHTS).is_file():
+        (into / WEIGHTS_INDEX).symlink_to((source / WEIGHTS_INDEX).resolve())
+    _link_tokenizer(source, into)
+    return into
+
+
+def tokenizer_view(source: Path, into: Path) -> Path:
+    """Make a clean view of a folder that holds at least a tokenizer, and return it."""
+    into.mkdir(parents=True, exist_ok=True)
+    config = read_settings(source, "config.json", required=False)
+    if config:
+        _write(into / "config.json", clean_config(config, source))
+    _link_tokenizer(source, into)
+    return into
+
+
+def read_settings(folder: Path, name: str, *, required: bool) -> dict[str, Any]:
+    """A JSON file of a model folder; empty where it is not there and not required."""
+    path = folder / name
+    if not path.is_file():
+        if not required:
+            return {}
+        if (folder / "adapter_config.json").is_file():
+            raise InputError(
+                f"{folder.name} holds an adapter, not a model: adapter_config.json is there, {name} is not. "
+                "Merge the adapter into its base model first, or name the base model"
+            )
+        raise InputError(f"{folder.name} is not a model folder: it has no {name}. Name the folder that holds it")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{folder.name}/{name} is not JSON: {error}. Copy the model again") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{folder.name}/{name} must hold one JSON object")
+    return document
+
+
+def clean_config(config: dict[str, Any], source: Path) -> dict[str, Any]:
+    """The settings without keys that load something from elsewhere.
+
+    Raises:
+        InputError: for settings that ask for code of their own to be trusted, and for quantised weights.
+    """
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key):
+            raise InputError(
+                f"{source.name}/config.json: {key} is set: the weights are quantised, and an adapter cannot be merged "
+                "into those exactly. Name the unquantised model"
+            )
+    return {key: _clean(value, key, source) for key, value in config.items() if not _is_code_key(key)}
+
+
+def declared_ends(folder: Path) -> tuple[int, ...]:
+    """End tokens that generation_config.json or config.json declare."""
+    ends: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        declared = read_settings(folder, name, required=False).get("eos_token_id")
+        for value in declared if isinstance(declared, list) else [declared]:
+            if isinstance(value, int) and not isinstance(value, bool):
+                ends.append(value)
+    return tuple(dict.fromkeys(ends))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the weights.
+
+    Raises:
+        InputError: if there are none, or the index names files that are not there.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / WEIGHTS_INDEX).is_file():
+        names = read_settings(folder, WEIGHTS_INDEX, required=True).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise InputError(f"{folder.name}/{WEIGHTS_INDEX} has no weight_map. Copy the model again")
+        files = []
+        for name in sorted(set(map(str, names.values()))):
+            if not _SHARD.match(name):
+                raise InputError(
+                    f'{folder.name}/{WEIGHTS_INDEX} names "{name}", which is not a file name in the folder'
+                )
+            if not (folder / name).is_file():
+                raise InputError(f"{folder.name}/{name} is missing, although {WEIGHTS_INDEX} names it. Copy it as well")
+            files.append(folder / name)
+        return files
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise InputError(
+            f"{folder.name} holds its weights only as {', '.join(pickles[:3])}, a format that can run code when it is "
+            "loaded. Convert it once where you trust it: load it with transformers and call save_pretrained, which "
+            f"writes {WEIGHTS}"
+        )
+    raise InputError(f"{folder.name} holds no weights: neither {WEIGHTS} nor {WEIGHTS_INDEX} is there")
+
+
+def stored_types(folder: Path) -> set[str]:
+    """Types of the stored floating-point weights as safetensors names them, such as F32 and BF16.
+
+    Raises:
+        InputError: if a file is not a safetensors file.
+    """
+    found: set[str] = set()
+    for path in weight_files(folder):
+        found |= {str(entry["dtype"]) for entry in safetensors_header(path).values() if "dtype" in entry}
+    return {name for name in found if name.startswith(("F", "BF"))}
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: name → {dtype, shape, data_offsets}."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > 100_000_000:
+                raise ValueError("the header is too long")
+            header = json.loads(file.read(length))
+    except (struct.error, ValueError) as error:
+        raise InputError(f"{path.name} is not a safetensors file: {error}. Copy it again") from error
+    header.pop("__metadata__", None)
+    assert isinstance(header, dict)
+    return header
+
+
+def _link_tokenizer(source: Path, into: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            (into / name).symlink_to((source / name).resolve())
+    settings = read_settings(source, "tokenizer_config.json", required=False)
+    if settings:
+        cleaned = {key: _clean(value, key, source) for key, value in settings.items() if not _is_code_key(key)}
+        _write(into / "tokenizer_config.json", cleaned)
+
+
+def _is_code_key(key: str) -> bool:
+    return key in _CODE_KEYS or key.endswith(("_implementation", "_implementation_internal"))
+
+
+def _clean(value: Any, key: str, source: Path) -> Any:
+    if key == "trust_remote_code" and value:
+        raise InputError(
+            f"{source.name} asks to trust code of its own (trust_remote_code). Code from model folders is never run; "
+            "name a model of an architecture that transformers has built in"
+        )
+    if isinstance(value, dict):
+        return {name: _clean(inner, name, source) for name, inner in value.items() if not _is_code_key(name)}
+    if isinstance(value, list):
+        return [_clean(inner, key, source) for inner in value]
+    return value
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, ensure_ascii=False, indent=1), encoding="utf-8")
