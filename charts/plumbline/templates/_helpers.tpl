@@ -70,3 +70,66 @@ runAsNonRoot: true
 capabilities: {drop: [ALL]}
 seccompProfile: {type: RuntimeDefault}
 {{- end }}
+
+{{/* A pod that runs one of files/scripts; its account stands beside it. */}}
+{{- define "plumbline.scriptPod" -}}
+automountServiceAccountToken: true
+{{- with .Values.operator.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+securityContext:
+  {{- include "plumbline.podSecurityContext" . | nindent 2 }}
+{{- with .Values.operator.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.operator.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+volumes:
+  - name: tmp
+    emptyDir: {sizeLimit: 16Mi}
+{{- end }}
+
+{{- define "plumbline.scriptContainer" -}}
+image: {{ include "plumbline.operatorImage" . | quote }}
+imagePullPolicy: {{ .Values.operator.image.pullPolicy }}
+command: [python3]
+securityContext:
+  {{- include "plumbline.containerSecurityContext" . | nindent 2 }}
+volumeMounts:
+  - {name: tmp, mountPath: /tmp}
+{{- end }}
+
+{{- define "plumbline.runtimeHook" -}}
+helm.sh/hook: post-install,post-upgrade,post-rollback
+helm.sh/hook-weight: {{ . | quote }}
+helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
+{{- end }}
+
+{{- define "plumbline.runtime" -}}
+{{- $values := .Values.runtime }}
+{{- $spec := deepCopy $values.spec }}
+{{- range $field, $instead := dict "image" "runtime.image" "imagePullPolicy" "runtime.image.pullPolicy" "storage" "runtime.storage" }}
+{{- if hasKey $spec $field }}
+{{- fail (printf "runtime.spec.%s: set %s instead" $field $instead) }}
+{{- end }}
+{{- end }}
+{{- $_ := set $spec "image" (include "plumbline.image" (dict "image" $values.image "version" .Chart.AppVersion)) }}
+{{- $_ := set $spec "imagePullPolicy" $values.image.pullPolicy }}
+{{- with $values.storage }}
+{{- $_ := set $spec "storage" . }}
+{{- end }}
+apiVersion: plumbline.dev/v1alpha1
+kind: AlignmentRuntime
+metadata:
+  name: {{ $values.name }}
+  labels:
+    {{- include "plumbline.labels" . | nindent 4 }}
+  annotations:
+    plumbline.dev/is-default-runtime: {{ $values.default | quote }}
+spec:
+  {{- toYaml $spec | nindent 2 }}
+{{- end }}
