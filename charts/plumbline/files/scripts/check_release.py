@@ -47,7 +47,7 @@ def check_metrics() -> str:
 
 def check_progress() -> str:
     """A report without a token is refused."""
-    # The certificate is the operator's own and only trainers hold its authority; what is asked is whether the door is shut.
+    # Only trainers hold the authority of the operator's certificate; what is asked is whether the door is shut.
     trust = ssl.create_default_context()
     trust.check_hostname = False
     trust.verify_mode = ssl.CERT_NONE
