@@ -24,7 +24,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
 
 
-def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+def linear_modules(model: Any) -> dict[str, nn.Module]:
     """Every linear layer but the output head, by name: `nn.Linear` and GPT-2's `Conv1D`."""
     from transformers.pytorch_utils import Conv1D
 
@@ -36,7 +36,7 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def target_modules(model: nn.Module, targets: list[str] | None) -> list[str]:
+def target_modules(model: Any, targets: list[str] | None) -> list[str]:
     """Full names of the modules that an adapter changes.
 
     Raises:

@@ -103,9 +103,8 @@ def declared_ends(folder: Path) -> tuple[int, ...]:
     ends: list[int] = []
     for name in ("generation_config.json", "config.json"):
         declared = read_settings(folder, name, required=False).get("eos_token_id")
-        for value in declared if isinstance(declared, list) else [declared]:
-            if isinstance(value, int) and not isinstance(value, bool):
-                ends.append(value)
+        values = declared if isinstance(declared, list) else [declared]
+        ends += [value for value in values if isinstance(value, int) and not isinstance(value, bool)]
     return tuple(dict.fromkeys(ends))
 
 

@@ -214,7 +214,8 @@ def _load_tokenizer(path: Path, view: Path, ends: tuple[int, ...]) -> Tokenizer:
         return make_tokenizer(hf, declared_ends=ends)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise InputError(
-            f"{path.name}: its tokenizer does not load: {_first_line(error)}. A tokenizer.json must lie beside the weights"
+            f"{path.name}: its tokenizer does not load: {_first_line(error)}. "
+            "A tokenizer.json must lie beside the weights"
         ) from error
 
 

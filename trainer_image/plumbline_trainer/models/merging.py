@@ -1,9 +1,9 @@
 """Merging adapters into weights: pure functions on tensors.
 
-One delta at a time, in order of training: W' = round(W₆₄ + s·Σₖ bₖ⊗aₖ), in float64 and with one rounding to the type in
-which the weights are stored. The sum over the rank is taken term by term with separate multiplications and additions,
-never by a matrix product of a BLAS: those sum in an order that depends on processor and thread count, and one weight in a
-hundred million would then round differently from one machine to the next.
+One delta at a time, in order of training: W' = round(W₆₄ + s·Σₖ bₖ⊗aₖ), in float64 and with one rounding to the type
+in which the weights are stored. The sum over the rank is taken term by term with separate multiplications and
+additions, never by a matrix product of a BLAS: those sum in an order that depends on processor and thread count, and
+one weight in a hundred million would then round differently from one machine to the next.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def merge_into(model: torch.nn.Module, adapter: Adapter, dtype: torch.dtype) -> 
 
 def stored_weights(model: torch.nn.Module) -> dict[str, Tensor]:
     """The weights of a model by name, each once (tied ones under their first name), without adapters."""
-    found = {name: weight for name, weight in model.named_parameters() if ".lora_" not in name}
+    found: dict[str, Tensor] = {name: weight for name, weight in model.named_parameters() if ".lora_" not in name}
     persistent = model.state_dict(keep_vars=True)
     found |= {name: buffer for name, buffer in model.named_buffers() if name in persistent and ".lora_" not in name}
     return {name.replace(".base_layer.", "."): weight for name, weight in found.items()}
@@ -171,4 +171,4 @@ def merged_digest(model: torch.nn.Module, adapter: Adapter, dtype: torch.dtype) 
 def _add_weight(digest: hashlib._Hash, name: str, weight: Tensor) -> None:
     kind = str(weight.dtype).removeprefix("torch.")
     digest.update(f"{name}\0{kind}\0{','.join(map(str, weight.shape))}\0".encode())
-    digest.update(memoryview(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -1,0 +1,1 @@
+"""Evaluation: suites, judges, generation and statistics. The unit of every figure is the prompt."""
