@@ -67,7 +67,7 @@ cluster-up: $(VENV)/.dev ## Start a throw-away cluster with S3, images and the o
 	$(CLUSTER) up
 
 cluster-quickstart: $(VENV)/.dev ## The quickstart pipeline on a throw-away cluster, by Helm and kubectl
-	hack/cluster-quickstart
+	PYTHONPATH=tests $(BIN)/python hack/cluster_quickstart.py
 
 cluster-down: $(VENV)/.dev ## Remove everything that cluster-up made
 	$(CLUSTER) down

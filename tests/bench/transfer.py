@@ -67,7 +67,7 @@ def _measure(label: str, sizes: list[int], server: ObjectStore, scratch: Path) -
             for name in names:
                 client.download_file(server.bucket, f"raw/{name}", str(scratch / "raw"))
 
-        def save(context=context, attempt: int = attempt) -> None:  # noqa: ANN001
+        def save(context=context, attempt: int = attempt) -> None:
             save_checkpoint(context, attempt + 1, source, {"step": attempt + 1})
             wait_for_uploads(context)
 
