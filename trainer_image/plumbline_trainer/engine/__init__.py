@@ -1,0 +1,1 @@
+"""What every training stage shares, once: packing, attention, log-probabilities, schedules, checkpoints, resume."""

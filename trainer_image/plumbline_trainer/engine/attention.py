@@ -1,0 +1,165 @@
+"""Attention over packed blocks, plugged into any transformers model through its attention interface."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from plumbline_trainer.engine.segments import Block, SegmentPlan
+
+SEGMENTS = "plumbline_segments"
+"""Name under which the attention is registered; transformers builds no mask of its own for it."""
+
+
+class FastPathError(Exception):
+    """The model asks for something that packed attention does not do; the caller goes the plain way and says so."""
+
+
+def segment_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segment_plan: SegmentPlan | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a packed sequence, block by block.
+
+    Args:
+        module: The attention layer.
+        query: [1, heads, T, d].
+        key: [1, key heads, T, d].
+        value: [1, key heads, T, d].
+        attention_mask: None; transformers makes none for this attention.
+        segment_plan: Blocks of the packed sequence.
+        scaling: Factor on the scores; None: 1/√d.
+        dropout: Must be 0.
+        sliding_window: A token sees at most so many tokens, itself included.
+        softcap: Scores s become softcap·tanh(s/softcap).
+        others: What the model hands to every attention; sinks and position biases are refused.
+
+    Returns:
+        [1, T, heads, d] and None for the attention weights.
+
+    Raises:
+        FastPathError: if the layer needs what is not done here.
+    """
+    if segment_plan is None:
+        raise FastPathError(f"{type(module).__name__} does not pass the segment plan on to its attention")
+    if attention_mask is not None:
+        raise FastPathError(f"{type(module).__name__} brings an attention mask of its own")
+    if dropout:
+        raise FastPathError(f"{type(module).__name__} drops attention weights at random")
+    unknown = [name for name in ("s_aux", "position_bias", "relative_position_bias") if others.get(name) is not None]
+    if unknown or not getattr(module, "is_causal", True):
+        raise FastPathError(f"{type(module).__name__} needs {', '.join(unknown) or 'attention in both directions'}")
+    if segment_plan.length != query.shape[2]:
+        raise FastPathError(f"{type(module).__name__} attends over a sequence of another length")
+    lengths = segment_plan.lengths
+    outputs = [
+        _attend(q, k, v, block, segment_plan, scaling=scaling, window=sliding_window, softcap=softcap)
+        for q, k, v, block in zip(
+            query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), segment_plan.blocks, strict=True
+        )
+    ]
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return joined, None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block: Block,
+    plan: SegmentPlan,
+    *,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention within one block: [1, heads, L, d] … → [1, L, heads, d]."""
+    windowed = window is not None and window < block.length
+    mask: Tensor | None = None
+    if softcap is not None or windowed or not block.is_causal:
+        mask = plan.mask(block, window=window if windowed else None, dtype=query.dtype, device=query.device)
+    groups = query.shape[1] // key.shape[1]
+    if softcap is not None:
+        return _softcapped(query, key, value, mask, groups=groups, scaling=scaling, softcap=softcap)
+    if groups > 1 and query.device.type != "cpu" and mask is not None:
+        # With a mask and grouped heads CUDA falls back to the unfused kernel; repeated heads keep the fused one.
+        key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=groups > 1
+    )
+    return output.transpose(1, 2)
+
+
+def _softcapped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    groups: int,
+    scaling: float | None,
+    softcap: float,
+) -> Tensor:
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.tanh(query @ key.transpose(2, 3) * (scale / softcap)) * softcap
+    if mask is not None:
+        scores = scores + mask
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2)
+
+
+def register() -> None:
+    """Make the attention known to transformers; calling it again changes nothing."""
+    AttentionInterface.register(SEGMENTS, segment_attention)
+
+
+@contextmanager
+def attention_of(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Run a model with another attention implementation for a while."""
+    configs = _attention_configs(model)
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
+
+
+def _attention_configs(model: PreTrainedModel) -> list[Any]:
+    """Every configuration object that a layer of the model asks for its attention implementation."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation"):
+            found[id(config)] = config
+    return list(found.values())
+
+
+def plain_implementation(model: PreTrainedModel) -> str:
+    """The implementation of transformers that is right for a model without packing.
+
+    SDPA cannot cap scores, so models that do need the eager one.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) is not None or not getattr(model, "_supports_sdpa", False):
+        return "eager"
+    return "sdpa"

@@ -1,0 +1,177 @@
+"""Log-probabilities through the output head, chunk by chunk: no [T, V] tensor ever exists, forward or backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+CHUNK_BYTES = 48 * 2**20
+"""Size of one chunk of float32 logits; large enough for full speed of the matrix products, small beside the model."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output head: logits = cap(scale · (h·Wᵀ + b)), cap(z) = softcap·tanh(z/softcap) where a softcap is set."""
+
+    weight: Tensor
+    """[V, d]"""
+    bias: Tensor | None = None
+    """[V]"""
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def chunk(self) -> int:
+        """Tokens per chunk."""
+        return max(CHUNK_BYTES // (4 * self.weight.shape[0]), 16)
+
+
+def head_of(model: PreTrainedModel) -> Head | None:
+    """The head of a causal language model; None where it is not a plain linear layer, such as one with an adapter.
+
+    Scales and caps are read from the configuration under the names in use; what is not known here shows in the
+    comparison with the plain path.
+    """
+    layer = model.get_output_embeddings()
+    if type(layer) is not nn.Linear:
+        return None
+    config = model.config.get_text_config()
+    scale = 1.0
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        scale /= float(divisor)
+    if (factor := getattr(config, "logit_scale", None)) is not None:
+        scale *= float(factor)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(weight=layer.weight, bias=layer.bias, scale=scale, softcap=None if softcap is None else float(softcap))
+
+
+def token_log_probabilities(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """log p(target) at each position.
+
+    Args:
+        hidden: [N, d] outputs of the last layer that predict the targets.
+        targets: [N] token ids.
+        head: The output head; its weights get a gradient only if they ask for one.
+
+    Returns:
+        [N] float32.
+    """
+    needs_weights = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+    if torch.is_grad_enabled() and needs_weights:
+        result = _TrainedHead.apply(hidden, head.weight, head.bias, targets, head)
+    else:
+        result = _FrozenHead.apply(hidden, targets, head)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def _logits(hidden: Tensor, head: Head, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[C, V] float32 logits of one chunk, in memory of their own."""
+    logits = (hidden.to(weight.dtype) @ weight.t()).float()
+    if bias is not None:
+        logits += bias.float()
+    if head.scale != 1.0:
+        logits *= head.scale
+    if head.softcap is not None:
+        logits.div_(head.softcap).tanh_().mul_(head.softcap)
+    return logits
+
+
+def _probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the targets [C] and softmax [C, V].
+
+    log Σ exp(z) = max z − log max softmax(z): the largest probability is at least 1/V, so its logarithm is exact to
+    rounding, and one fused softmax does the work of several passes.
+    """
+    chosen = logits.gather(1, targets[:, None]).squeeze(1)
+    highest = logits.amax(dim=1)
+    probabilities = torch.softmax(logits, dim=1)
+    return chosen - highest + probabilities.amax(dim=1).log(), probabilities
+
+
+def _logit_gradient(probabilities: Tensor, targets: Tensor, factor: Tensor | None) -> Tensor:
+    """∂ log p(target) / ∂ logits = onehot − p, times a factor per token; overwrites the probabilities."""
+    gradient = probabilities.neg_()
+    gradient.scatter_add_(1, targets[:, None], torch.ones_like(targets, dtype=gradient.dtype)[:, None])
+    if factor is not None:
+        gradient *= factor[:, None]
+    return gradient
+
+
+def _through_cap(gradient: Tensor, logits: Tensor, head: Head) -> Tensor:
+    """Take a gradient at the capped, scaled logits back to h·Wᵀ + b; overwrites both."""
+    if head.softcap is not None:
+        gradient *= logits.div_(head.softcap).square_().neg_().add_(1.0)
+    if head.scale != 1.0:
+        gradient *= head.scale
+    return gradient
+
+
+class _FrozenHead(torch.autograd.Function):
+    """The head takes no gradient: ∂ log p / ∂ h does not depend on what comes after, so the forward pass keeps it.
+
+    The backward pass is then one product per element; nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
+        keep = ctx.needs_input_grad[0]
+        result = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        slopes = torch.empty_like(hidden) if keep else None
+        for start in range(0, len(targets), head.chunk):
+            part = slice(start, start + head.chunk)
+            chosen = targets[part]
+            logits = _logits(hidden[part], head, head.weight, head.bias)
+            if slopes is None:
+                result[part] = logits.gather(1, chosen[:, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
+                continue
+            result[part], probabilities = _probabilities(logits, chosen)
+            gradient = _through_cap(_logit_gradient(probabilities, chosen, None), logits, head)
+            slopes[part] = (gradient.to(head.weight.dtype) @ head.weight).to(slopes.dtype)
+        if slopes is not None:
+            ctx.save_for_backward(slopes)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return (slopes * upstream[0][:, None]).to(slopes.dtype), None, None
+
+
+class _TrainedHead(torch.autograd.Function):
+    """The head is trained: its gradient needs the factor of each token, so the backward pass computes chunks again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head) -> Tensor:
+        ctx.head = head
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        result = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(targets), head.chunk):
+            part = slice(start, start + head.chunk)
+            logits = _logits(hidden[part], head, weight, bias)
+            result[part] = logits.gather(1, targets[part, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        head: Head = ctx.head
+        to_hidden = torch.empty_like(hidden)
+        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        to_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        for start in range(0, len(targets), head.chunk):
+            part = slice(start, start + head.chunk)
+            logits = _logits(hidden[part], head, weight, bias)
+            probabilities = torch.softmax(logits, dim=1)
+            gradient = _through_cap(_logit_gradient(probabilities, targets[part], upstream[0][part]), logits, head)
+            gradient = gradient.to(weight.dtype)
+            to_hidden[part] = (gradient @ weight).to(hidden.dtype)
+            if to_weight is not None:
+                to_weight.addmm_(gradient.t(), hidden[part].to(weight.dtype))
+            if to_bias is not None:
+                to_bias += gradient.sum(dim=0)
+        return to_hidden, to_weight, to_bias, None, None

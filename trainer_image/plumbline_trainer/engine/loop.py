@@ -1,0 +1,252 @@
+"""The loop that every gradient-based stage runs: steps, evaluations, checkpoints, stops."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from plumbline_api.training import Training
+
+from plumbline_trainer.context import StageContext
+from plumbline_trainer.data.encode import Encoded
+from plumbline_trainer.engine.distributed import Ranks
+from plumbline_trainer.engine.objective import Objective, row_tokens
+from plumbline_trainer.engine.optimizer import Optimizer, named_trainables
+from plumbline_trainer.engine.packing import PackedBatch, pack, packed_length
+from plumbline_trainer.engine.pathcheck import choose_path
+from plumbline_trainer.engine.schedule import StepPlan, cut_step, fill_batches, random_key
+from plumbline_trainer.engine.scorer import Scorer
+from plumbline_trainer.engine.state import TrainingState, read_progress, read_state, write_state
+from plumbline_trainer.errors import InputError, Interrupted
+from plumbline_trainer.storage.checkpoints import (
+    Checkpoint,
+    load_latest_checkpoint,
+    save_checkpoint,
+    wait_for_uploads,
+)
+
+RECENT = 10
+"""Steps over which the figures at the end are averaged."""
+
+
+class TrainingRun:
+    """One attempt at training: opened, resumed, trained."""
+
+    def __init__(
+        self,
+        context: StageContext,
+        ranks: Ranks,
+        scorer: Scorer,
+        plan: StepPlan,
+        rows: Sequence[Encoded],
+        training: Training,
+    ) -> None:
+        """Find the latest checkpoint, decide the path and prepare the optimizer. Weights stay as they are for now.
+
+        Args:
+            context: Of the stage.
+            ranks: Processes that share the work.
+            scorer: Around the model, whose trainable parameters are float32.
+            plan: The optimizer steps.
+            rows: Training rows in the plan's order.
+            training: Optimisation parameters.
+        """
+        self.context, self.ranks, self.scorer = context, ranks, scorer
+        self.plan, self.rows, self.training = plan, rows, training
+        self.trainables = named_trainables(scorer.model)
+        self.optimizer = Optimizer(self.trainables, training, plan.steps)
+        self._checkpoint: Checkpoint | None = load_latest_checkpoint(context)
+        found = self._checkpoint
+        if not ranks.same(found.step if found is not None else -1):
+            raise RuntimeError("ranks found different checkpoints; the next attempt reads them again")
+        self.state = TrainingState() if found is None else read_progress(found.folder)
+        self.first_step = self.state.step
+        self.tokens_here = 0
+        """Tokens of this attempt."""
+        self._committed_step = self.state.step
+        self._decide_path()
+
+    def _decide_path(self) -> None:
+        if self.state.path is None:
+            first = [self.rows[index] for index in self.plan.rows(0)]
+            choice = choose_path(
+                self.scorer, first, self.trainables, tokens=self.training.tokens_per_batch, ranks=self.ranks
+            )
+            self.state.path = choice.path
+            level = self.context.log.info if choice.path == "fast" else self.context.log.warning
+            level("%s path: %s", choice.path, choice.reason)
+        self.scorer.path = self.state.path
+
+    def go_plain(self, reason: str) -> None:
+        """Leave the fast path, before the first step."""
+        assert self.state.step == 0
+        self.context.log.warning("plain path: %s", reason)
+        self.scorer.path = self.state.path = "plain"
+
+    def resume(self) -> None:
+        """Take up weights, moments and schedule of the checkpoint, if there is one."""
+        if self._checkpoint is not None:
+            read_state(self._checkpoint.folder, self.trainables, self.optimizer)
+
+    def train(self, objective: Objective, held_out: Sequence[Encoded]) -> None:
+        """Take all steps that are left, evaluate, write checkpoints.
+
+        Raises:
+            Interrupted: on SIGTERM, once a checkpoint is committed.
+            InputError: if the loss or the gradient is no longer finite.
+        """
+        while True:
+            step = self.state.step
+            if held_out and self._evaluation_due(step):
+                self._evaluate(objective, held_out)
+            if step == self.plan.steps:
+                break
+            self.leave_if_stopped()
+            self._take_step(objective)
+            if self.state.step % self.training.checkpoint_every_steps == 0 and self.state.step < self.plan.steps:
+                self._save()
+        wait_for_uploads(self.context)
+        self.ranks.wait()
+
+    def _evaluation_due(self, step: int) -> bool:
+        every = self.training.evaluate_every_steps
+        due = step in (0, self.plan.steps) or (every is not None and step % every == 0)
+        return due and self.state.evaluated != step
+
+    def leave_if_stopped(self) -> None:
+        """End the attempt if SIGTERM came to any rank.
+
+        Raises:
+            Interrupted: after everything done so far is committed.
+        """
+        if not self.ranks.any(self.context.stop.requested):
+            return
+        if self.state.step > self._committed_step:
+            self._save()
+        wait_for_uploads(self.context)
+        self.ranks.wait()
+        raise Interrupted(self.state.step)
+
+    def figures(self) -> dict[str, float]:
+        """Figures at the end: means over the last steps, evaluations, totals."""
+        recent = self.state.recent
+        names = recent[-1] if recent else {}
+        figures = {name: sum(item[name] for item in recent) / len(recent) for name in names}
+        figures.pop("learningRate", None)
+        figures.update(self.state.latest)
+        if self.state.start:
+            figures["evalLossStart"] = self.state.start["evalLoss"]
+            figures["evalLossBest"] = self.state.best["evalLoss"]
+            figures["evalLossBestStep"] = self.state.best["step"]
+        figures.update(
+            steps=float(self.state.step),
+            epochs=round(self.plan.epoch(self.state.step), 4),
+            tokens=float(self.state.tokens),
+            plainPath=float(self.state.path == "plain"),
+        )
+        return figures
+
+    def _take_step(self, objective: Objective) -> None:
+        started, step = time.monotonic(), self.state.step
+        rows = [self.rows[index] for index in self.plan.rows(step)]
+        means = self._accumulate(objective, rows)
+        rate = self.optimizer.learning_rate
+        norm = self.optimizer.step(self.ranks)
+        if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
+            raise InputError(
+                f"step {step + 1}: the loss is {means['loss']}, the gradient norm {norm}; training diverged. "
+                "Lower training.learningRate or set training.precision: float32",
+                reason="Diverged",
+            )
+        tokens = sum(row_tokens(row) for row in rows)
+        self.state.step += 1
+        self.state.tokens += tokens
+        self.tokens_here += tokens
+        seconds = time.monotonic() - started
+        record = {**means, "learningRate": rate, "gradientNorm": norm, "tokensPerSecond": tokens / max(seconds, 1e-9)}
+        self.state.recent = [*self.state.recent, record][-RECENT:]
+        self._report(record)
+
+    def _accumulate(self, objective: Objective, rows: Sequence[Encoded]) -> dict[str, float]:
+        """Gradients of a step's mean loss on this rank's share, and the step's means over all ranks."""
+        size = sum(objective.size(row) for row in rows) or 1.0
+        lengths = [packed_length(row) for row in rows]
+        share = cut_step(lengths, budget=self.training.tokens_per_batch, ranks=self.ranks.size)[self.ranks.rank]
+        sums: dict[str, float] = {}
+        for number, members in enumerate(share):
+            # Only an adapter's dropout draws from it.
+            torch.manual_seed(random_key(self.plan.seed, "dropout", self.state.step, self.ranks.rank, number))
+            batch = pack([rows[index] for index in members] or [dummy_of(rows[0])], self.ranks.device)
+            found = objective.sums(batch, self.scorer(batch))
+            (found["loss"] / size).backward()
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach())
+        return {name: value / size for name, value in self.ranks.sum_floats(sums).items()}
+
+    def _evaluate(self, objective: Objective, rows: Sequence[Encoded]) -> dict[str, float]:
+        """Means over held-out rows, under names that begin with `eval`; they become the latest, perhaps the best."""
+        sums: dict[str, float] = {}
+        batches = fill_batches([packed_length(row) for row in rows], budget=self.training.tokens_per_batch)
+        for done in range(0, len(batches), self.ranks.size):
+            self.leave_if_stopped()
+            mine = done + self.ranks.rank
+            members = [rows[index] for index in batches[mine]] if mine < len(batches) else [dummy_of(rows[0])]
+            batch = pack(members, self.ranks.device)
+            with torch.no_grad():
+                found = objective.sums(batch, self._score_evaluation(batch))
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        size = sum(objective.size(row) for row in rows) or 1.0
+        means = {_evaluation_name(name): value / size for name, value in self.ranks.sum_floats(sums).items()}
+        self.state.latest, self.state.evaluated = means, self.state.step
+        if self.state.step == 0:
+            self.state.start = means
+        if not self.state.best or means["evalLoss"] < self.state.best["evalLoss"]:
+            self.state.best = {**means, "step": float(self.state.step)}
+        self._report(means)
+        return means
+
+    def _score_evaluation(self, batch: PackedBatch) -> torch.Tensor:
+        """Scores without the adapter's dropout."""
+        dropouts = [
+            module for module in self.scorer.modules() if isinstance(module, torch.nn.Dropout) and module.training
+        ]
+        for module in dropouts:
+            module.eval()
+        scores: torch.Tensor = self.scorer(batch)
+        for module in dropouts:
+            module.train()
+        return scores
+
+    def _report(self, figures: dict[str, float]) -> None:
+        step, steps = self.state.step, self.plan.steps
+        if self.ranks.is_main:
+            self.context.progress.update(step, steps, metrics=figures)
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            self.context.log.info("step %d/%d  %s", step, steps, shown)
+
+    def _save(self) -> None:
+        """Commit a checkpoint of the current step; the upload goes on beside training."""
+        step = self.state.step
+        if self.ranks.is_main:
+            # One upload at a time, and a checkpoint's folder must not be there twice.
+            wait_for_uploads(self.context)
+            folder = self.context.scratch / "saving" / str(step)
+            write_state(folder, self.state, self.trainables, self.optimizer)
+            save_checkpoint(self.context, step, folder, {"step": step})
+        self._committed_step = step
+
+
+def dummy_of(row: Encoded) -> Encoded:
+    """A row of weight zero and few tokens, for a rank that has nothing left to do in a round."""
+    length = 1 if row.prompt else 2
+    mask = [True] if row.prompt else [False, True]
+    responses = [dataclasses.replace(response, ids=response.ids[:length], mask=mask) for response in row.responses]
+    return dataclasses.replace(row, prompt=row.prompt[:1], responses=responses, weight=0.0)
+
+
+def _evaluation_name(name: str) -> str:
+    return f"eval{name[:1].upper()}{name[1:]}"

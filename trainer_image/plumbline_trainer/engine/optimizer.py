@@ -1,0 +1,117 @@
+"""AdamW with decoupled weight decay, a schedule and clipping, over float32 trainables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from plumbline_api.training import Training
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+from plumbline_trainer.engine.distributed import Ranks
+from plumbline_trainer.errors import InputError
+
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def named_trainables(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name, in the model's order.
+
+    Raises:
+        InputError: if nothing is trained.
+    """
+    found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not found:
+        raise InputError("nothing would be trained: the stage has neither trainable weights nor an adapter")
+    wrong = [name for name, parameter in found.items() if parameter.dtype != torch.float32]
+    if wrong:
+        raise ValueError(f"trainable weights must be float32, {wrong[0]} is {found[wrong[0]].dtype}")
+    return found
+
+
+class Optimizer:
+    """One optimizer step: exchange gradients, clip, AdamW, schedule."""
+
+    def __init__(self, trainables: Mapping[str, nn.Parameter], training: Training, steps: int) -> None:
+        """Prepare.
+
+        Args:
+            trainables: Parameters by name.
+            training: The stage's optimisation parameters, learning rate resolved.
+            steps: Optimizer steps of the whole stage.
+        """
+        assert training.learning_rate is not None
+        self.trainables = dict(trainables)
+        self.clip = training.gradient_clip
+        matrices = [parameter for parameter in self.trainables.values() if parameter.ndim >= 2]
+        vectors = [parameter for parameter in self.trainables.values() if parameter.ndim < 2]
+        groups = [
+            {"params": matrices, "weight_decay": training.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self.adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=training.learning_rate,
+            betas=(training.adam_beta1, training.adam_beta2),
+            eps=training.adam_epsilon,
+            fused=True,
+        )
+        self.schedule: LRScheduler = get_scheduler(
+            SCHEDULES[training.schedule.type],
+            self.adamw,
+            num_warmup_steps=math.ceil(training.schedule.warmup_ratio * steps),
+            num_training_steps=steps,
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        """Rate of the next step."""
+        return float(self.schedule.get_last_lr()[0])
+
+    def step(self, ranks: Ranks) -> float:
+        """Take the step with the gradients summed over ranks; afterwards they are cleared.
+
+        Returns:
+            Global gradient norm before clipping; not finite if the gradients are not, and then nothing was changed.
+        """
+        for parameter in self.trainables.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        ranks.sum_tensors([parameter.grad for parameter in self.trainables.values() if parameter.grad is not None])
+        norm = float(nn.utils.clip_grad_norm_(list(self.trainables.values()), self.clip))
+        if math.isfinite(norm):
+            self.adamw.step()
+            self.schedule.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Moments by parameter name, for a checkpoint: `<name>/exp_avg`, `<name>/exp_avg_sq`."""
+        return {
+            f"{name}/{moment}": self.adamw.state[parameter][moment]
+            for name, parameter in self.trainables.items()
+            if parameter in self.adamw.state
+            for moment in MOMENTS
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps as JSON."""
+        steps = {float(state["step"]) for state in self.adamw.state.values()}
+        assert len(steps) <= 1, "every parameter takes every step"
+        return {"adamSteps": steps.pop() if steps else 0.0, "schedule": self.schedule.state_dict()}
+
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Take up a checkpoint, exactly."""
+        self.schedule.load_state_dict(dict(state["schedule"]))
+        for group, rate in zip(self.adamw.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
+        for name, parameter in self.trainables.items():
+            moments = {moment: tensors[f"{name}/{moment}"].to(parameter.device).clone() for moment in MOMENTS}
+            # A fused step counts on the parameter's device.
+            step = torch.tensor(float(state["adamSteps"]), dtype=torch.float32, device=parameter.device)
+            self.adamw.state[parameter] = {"step": step, **moments}

@@ -1,0 +1,120 @@
+"""The one entry to a model in training: a packed batch in, token log-probabilities out."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from plumbline_trainer.engine.attention import (
+    SEGMENTS,
+    FastPathError,
+    attention_of,
+    plain_implementation,
+    register,
+)
+from plumbline_trainer.engine.logprobs import head_of, token_log_probabilities
+from plumbline_trainer.engine.packing import PackedBatch
+
+Path = Literal["fast", "plain"]
+"""fast: packed, prompts shared, head in chunks. plain: one forward of the whole model per response."""
+
+RECURRENT_LAYERS = frozenset({"linear_attention", "mamba", "mamba2", "conv", "recurrent", "ssm", "rwkv"})
+
+
+class Scorer(nn.Module):
+    """Scores packed batches with a causal language model; nothing else touches the model's parts.
+
+    The same batch gives the same numbers on either path, up to rounding.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, precision: str = "float32", path: Path = "fast") -> None:
+        """Wrap a model.
+
+        Args:
+            model: A transformers causal language model; adapters live inside its layers.
+            precision: `float32` or `bfloat16`, the type of activations.
+            path: Which way to take.
+        """
+        super().__init__()
+        self.model = model
+        self.precision = precision
+        self.path: Path = path
+        register()
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Log-probability of every scored token, [N] float32.
+
+        Raises:
+            FastPathError: if the path is `fast` and the model cannot take it.
+        """
+        with self._autocast():
+            return self._fast(batch) if self.path == "fast" else self._plain(batch)
+
+    def _fast(self, batch: PackedBatch) -> Tensor:
+        model = self.model
+        head = head_of(model)
+        if head is None:
+            raise FastPathError("the output head is not a plain linear layer")
+        with attention_of(model, SEGMENTS):
+            outputs = model.get_decoder()(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                segment_plan=batch.plan,
+            )
+        hidden = outputs.last_hidden_state[0].index_select(0, batch.sources)
+        return token_log_probabilities(hidden, batch.targets, head)
+
+    def _plain(self, batch: PackedBatch) -> Tensor:
+        model = self.model
+        parts: list[Tensor] = []
+        with attention_of(model, plain_implementation(model)):
+            for answer in batch.answers:
+                if not answer.offsets:
+                    continue
+                prompt = batch.rows[answer.row].prompt
+                ids = torch.tensor([[*prompt, *answer.response.ids]], device=batch.input_ids.device)
+                logits = model(input_ids=ids, use_cache=False).logits[0]
+                places = torch.tensor(answer.offsets, device=ids.device) + len(prompt)
+                scores = torch.log_softmax(logits[places - 1].float(), dim=-1)
+                parts.append(scores.gather(1, ids[0, places][:, None]).squeeze(1))
+        return torch.cat(parts) if parts else torch.zeros(0, device=batch.input_ids.device)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.precision != "bfloat16":
+            return nullcontext()
+        return torch.autocast(self.model.device.type, dtype=torch.bfloat16)
+
+
+def recurrent_layers(model: PreTrainedModel) -> str | None:
+    """Why a model must go the plain way from the start: it carries a state from token to token; else None."""
+    config = model.config.get_text_config()
+    if getattr(model, "_is_stateful", False):
+        return f"{type(model).__name__} carries a state from token to token"
+    kinds = set(getattr(config, "layer_types", None) or ()) | set(getattr(config, "layers_block_type", None) or ())
+    found = sorted(kinds & RECURRENT_LAYERS)
+    return f"{type(model).__name__} has layers of type {', '.join(found)}" if found else None
+
+
+def prepare_modes(scorer: Scorer, *, adapter_dropout: bool, gradient_checkpointing: bool) -> None:
+    """Set what is random and what is recomputed.
+
+    The base model's own dropout is always off, so that packing, prompt sharing and ranks do not change results;
+    only the adapter's dropout can be on.
+    """
+    scorer.eval()
+    model = scorer.model
+    if adapter_dropout:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Dropout) and ".lora_dropout." in f".{name}.":
+                module.train()
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        for module in model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.training = True  # the flag of the layer alone: its dropout stays off

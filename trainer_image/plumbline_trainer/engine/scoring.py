@@ -1,0 +1,87 @@
+"""Token log-probabilities of many rows, without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from plumbline_trainer.data.encode import Encoded
+from plumbline_trainer.engine.distributed import Ranks
+from plumbline_trainer.engine.packing import pack, packed_length
+from plumbline_trainer.engine.pathcheck import choose_path
+from plumbline_trainer.engine.schedule import fill_batches
+from plumbline_trainer.engine.scorer import Scorer
+
+Scores = list[list[Tensor]]
+"""[row][response] → float32 CPU tensor, aligned with the response's ids; 0 where a token is not scored."""
+
+
+def score_rows(
+    model: PreTrainedModel | Scorer,
+    encoded: Sequence[Encoded],
+    *,
+    tokens_per_batch: int,
+    device: torch.device,
+    precision: str = "float32",
+    ranks: Ranks | None = None,
+    at_batch: Callable[[int, int], None] | None = None,
+) -> Scores:
+    """Score every response of every row.
+
+    Args:
+        model: A causal language model on the device, with or without an adapter, or a `Scorer` around one. For a bare
+            model the fast path is first compared with the plain one on the first rows.
+        encoded: Rows.
+        tokens_per_batch: Token budget of one forward pass.
+        device: Where the model is.
+        precision: Type of activations.
+        ranks: Processes that share the work; every one of them gets all results.
+        at_batch: Called on every rank alike before each round of batches with batches done and batches in all; it may
+            raise to stop.
+
+    Returns:
+        [row][response] → log-probabilities. They depend on the rows, the budget and the number of ranks only, so that
+        the same call gives the same bits on a CPU.
+    """
+    ranks = ranks or Ranks()
+    if isinstance(model, Scorer):
+        scorer = model
+    else:
+        scorer = Scorer(model, precision=precision)
+        scorer.eval()
+        scorer.path = choose_path(scorer, encoded, {}, tokens=tokens_per_batch, ranks=ranks).path
+    sizes = [[len(response.ids) for response in row.responses] for row in encoded]
+    starts: list[list[int]] = []
+    total = 0
+    for row in sizes:
+        starts.append([])
+        for size in row:
+            starts[-1].append(total)
+            total += size
+    flat = torch.zeros(total, device=device if ranks.size > 1 else "cpu")
+    batches = fill_batches([packed_length(row) for row in encoded], budget=tokens_per_batch)
+    for done in range(0, len(batches), ranks.size):
+        if at_batch is not None:
+            at_batch(done, len(batches))
+        if done + ranks.rank >= len(batches):
+            continue
+        members = batches[done + ranks.rank]
+        batch = pack([encoded[index] for index in members], device)
+        with torch.no_grad():
+            scores = scorer(batch).to(flat.device)
+        counts = [0] * len(members)
+        for answer in batch.answers:
+            start = starts[members[answer.row]][counts[answer.row]]
+            counts[answer.row] += 1
+            places = torch.tensor(answer.offsets, dtype=torch.long, device=flat.device) + start
+            flat[places] = scores[answer.scored.start : answer.scored.stop]
+    # Every place is written by one rank and zero on the others, so the sum is exact.
+    ranks.sum_tensors([flat])
+    flat = flat.cpu()
+    return [
+        [flat[start : start + size].clone() for start, size in zip(*row, strict=True)]
+        for row in zip(starts, sizes, strict=True)
+    ]

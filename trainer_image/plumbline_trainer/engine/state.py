@@ -1,0 +1,88 @@
+"""What a checkpoint holds: trained weights and optimizer moments by parameter name, the rest as JSON.
+
+Random numbers are keyed by seed and step, and the data order is a function of seed and epoch, so that the step number is
+all there is to keep of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from plumbline_trainer.engine import scorer
+from plumbline_trainer.engine.optimizer import Optimizer
+
+WEIGHTS = "trainables.safetensors"
+MOMENTS = "optimizer.safetensors"
+STATE = "state.json"
+VERSION = 1
+
+
+@dataclass
+class TrainingState:
+    """How far a stage has come."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Tokens of the rows trained on, on all ranks."""
+    path: scorer.Path | None = None
+    """Which way the model is evaluated; decided once per stage."""
+    start: dict[str, float] = field(default_factory=dict)
+    """Evaluation before the first step."""
+    latest: dict[str, float] = field(default_factory=dict)
+    """Last evaluation."""
+    evaluated: int = -1
+    """Step of the last evaluation."""
+    best: dict[str, float] = field(default_factory=dict)
+    """Evaluation with the lowest loss, and its step."""
+    recent: list[dict[str, float]] = field(default_factory=list)
+    """Figures of the last steps."""
+
+
+def write_state(
+    folder: Path, state: TrainingState, trainables: Mapping[str, nn.Parameter], optimizer: Optimizer
+) -> None:
+    """Write a checkpoint's files; the tensors are copied out of the device now."""
+    folder.mkdir(parents=True)
+    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in trainables.items()}
+    save_file(weights, folder / WEIGHTS)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in optimizer.tensors().items()}, folder / MOMENTS)
+    document = {"version": VERSION, "state": asdict(state), "optimizer": optimizer.state()}
+    # Python writes floats so that reading gives the same bits.
+    (folder / STATE).write_text(json.dumps(document), encoding="utf-8")
+
+
+def read_progress(folder: Path) -> TrainingState:
+    """The part of a checkpoint that says how far it is."""
+    return TrainingState(**_document(folder)["state"])
+
+
+def read_state(folder: Path, trainables: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
+    """Put weights, moments and schedule back, exactly.
+
+    Raises:
+        ValueError: if the checkpoint is of another model or adapter.
+    """
+    weights = load_file(folder / WEIGHTS)
+    if set(weights) != set(trainables):
+        odd = sorted(set(weights) ^ set(trainables))[0]
+        raise ValueError(f"the checkpoint does not fit the stage: {odd} is only in one of them")
+    with torch.no_grad():
+        for name, parameter in trainables.items():
+            parameter.copy_(weights[name])
+    optimizer.restore(load_file(folder / MOMENTS), _document(folder)["optimizer"])
+
+
+def _document(folder: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    if document.get("version") != VERSION:
+        raise ValueError(f"a checkpoint of version {document.get('version')}; this trainer reads {VERSION}")
+    return document

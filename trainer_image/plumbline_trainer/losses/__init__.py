@@ -1,0 +1,1 @@
+"""Losses as pure functions of tensors: shapes and the paper's equation stand in each docstring."""

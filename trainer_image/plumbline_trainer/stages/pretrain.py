@@ -1,0 +1,62 @@
+"""Continued pre-training: predict every token of raw text."""
+
+from __future__ import annotations
+
+from plumbline_api.training import Pretrain
+
+from plumbline_trainer.context import StageContext, StageOutput
+from plumbline_trainer.data.encode import encode_rows
+from plumbline_trainer.data.loading import load_rows
+from plumbline_trainer.engine.distributed import joined_ranks
+from plumbline_trainer.engine.loop import TrainingRun
+from plumbline_trainer.engine.objective import TokenLikelihood
+from plumbline_trainer.engine.schedule import plan_steps
+from plumbline_trainer.engine.scorer import Scorer, prepare_modes
+from plumbline_trainer.engine.trained import (
+    make_trainable,
+    report_rows,
+    save_policy,
+    stage_parameters,
+    weights_precision,
+)
+from plumbline_trainer.models.policy import load_policy
+
+
+def run(context: StageContext) -> StageOutput | None:
+    """Train on every token but the first of each document; documents never see each other."""
+    parameters, seed = stage_parameters(context, Pretrain)
+    training, lora = parameters.training, parameters.lora
+    with joined_ranks(context.rank, context.world_size, context.device) as ranks:
+        # Load
+        policy = load_policy(
+            context, context.input("model"), precision=weights_precision(parameters), device=context.device
+        )
+        dataset, longest = context.input("dataset"), training.max_length
+        encoded = encode_rows(load_rows(context, dataset, "train"), policy.tokenizer, method="text", max_length=longest)
+        held_out = encode_rows(
+            load_rows(context, dataset, "evaluation"), policy.tokenizer, method="text", max_length=longest
+        ).rows
+        report_rows(context, encoded, "training rows")
+
+        # Build
+        scorer = Scorer(make_trainable(policy, lora, seed), precision=training.precision)
+        plan = plan_steps(
+            [row.row_id for row in encoded.rows],
+            seed=seed,
+            global_batch=training.global_batch,
+            epochs=training.epochs,
+            max_steps=training.max_steps,
+        )
+        run = TrainingRun(context, ranks, scorer, plan, encoded.rows, training)
+        run.resume()
+        prepare_modes(
+            scorer,
+            adapter_dropout=lora is not None and lora.dropout > 0,
+            gradient_checkpointing=training.gradient_checkpointing,
+        )
+
+        # Loop
+        run.train(TokenLikelihood(), held_out)
+
+        # Save and report
+        return save_policy(context, run, policy, lora, encoded)
