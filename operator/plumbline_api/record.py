@@ -90,6 +90,8 @@ class RunRecord(Contract):
     """Version of the software that made the record."""
     pipeline: PipelineIdentity
     """Which run this is."""
+    spec_digest: str | None = None
+    """Digest of the spec without `suspend`, `retry` and `ttlAfterFinished`: equal means that nothing else was edited."""
     seed: int
     """Seed of every random choice."""
     storage: Storage

@@ -57,8 +57,8 @@ class Output(Contract):
 
     uri: str
     """Folder in object storage that holds the stage's manifest."""
-    digest: str
-    """SHA-256 of the manifest."""
+    digest: str | None = None
+    """SHA-256 of the manifest; absent where the output was found in storage and nothing had to read it."""
 
 
 class StageStatus(Contract):
@@ -80,6 +80,8 @@ class StageStatus(Contract):
     """Attempts started so far, for the current fingerprint."""
     failures: int = 0
     """Attempts that count against `retries`."""
+    recoveries: int = 0
+    """Times that a lost input of the stage was computed again."""
     start_time: Time | None = None
     """When the first attempt started."""
     completion_time: Time | None = None
@@ -112,6 +114,8 @@ class Usage(Contract):
 
     gpu_hours: float = 0.0
     """Accelerator hours over all stages and attempts."""
+    former_gpu_seconds: float | None = None
+    """The part of it that belongs to stages that are no longer in the spec."""
 
 
 class ModelOutput(Contract):
@@ -121,8 +125,8 @@ class ModelOutput(Contract):
     """Stage that wrote it."""
     uri: str
     """Folder in object storage that holds its manifest."""
-    digest: str
-    """SHA-256 of the manifest."""
+    digest: str | None = None
+    """SHA-256 of the manifest; absent where the output was found in storage and nothing had to read it."""
 
 
 class PipelineStatus(Contract):

@@ -15,7 +15,10 @@ from plumbline_api.pipeline import AlignmentPipeline
 from plumbline_api.record import RunRecord
 from plumbline_api.runtime import AlignmentRuntime
 from plumbline_api.stagerun import Role, StageResult, StageRun
+from plumbline_api.stages import Resources, RuntimeClass
 from plumbline_api.status import PipelineStatus, Progress
+
+CPU_ONLY = Resources(gpus_per_node=0)
 
 JobState = Literal["waiting", "running", "succeeded", "failed"]
 
@@ -89,7 +92,8 @@ class Snapshot:
     record: RunRecord | None
     """The record of the current generation, if it has been frozen."""
     runtime: AlignmentRuntime | None
-    """The runtime as it is now (referenced or default); None where there is none."""
+    """The runtime as it is now; None where there is none. Once there is a record: the one that the record names, so
+    that permissions are checked against it; before that: the referenced or default one."""
     runtime_problem: str | None
     """Why there is no runtime, in words, where one is needed."""
     place: Literal["cluster", "local"]
@@ -101,27 +105,40 @@ class Snapshot:
     foreign_names: frozenset[str] = frozenset()
     """Job names of ours that something else holds (create answered AlreadyExists)."""
     deleting: bool = False
+    previous: RunRecord | None = None
+    """The record of the newest generation before this one, where `record` is None: an edit that only suspends, resumes,
+    retries or sets a time to live goes on with it."""
 
 
 @dataclass(frozen=True, slots=True)
 class FreezeRecord:
-    """Write the record of a generation (once; it never changes)."""
+    """Write the record of a generation (once; it never changes).
+
+    It comes first among the actions; where it finds another record in place the pass ends and the world is looked at
+    again, because every other action derives from the record.
+    """
 
     record: RunRecord
 
 
 @dataclass(frozen=True, slots=True)
 class StartStage:
-    """Start one attempt."""
+    """Start one attempt. Where its Job is there already and is ours, the pass ends and the world is looked at again."""
 
     run: StageRun
     job: str
-    suspended: bool = False
+    runtime_class: RuntimeClass = "cpu"
+    """Which pod pieces of the runtime it takes."""
+    resources: Resources = CPU_ONLY
+    """What its pods ask for; with the number of accelerators resolved."""
+    timeout_seconds: int | None = None
+    """Longest time of the attempt."""
 
 
 @dataclass(frozen=True, slots=True)
 class StopStage:
-    """Stop an attempt and forget it (delete the Job; SIGTERM and wait for a process)."""
+    """Stop an attempt and forget it (delete the Job in the foreground, so that it is seen until its pods are gone;
+    SIGTERM and wait for a process)."""
 
     job: str
     reason: str
