@@ -46,7 +46,7 @@ def bring_up(folder: Path, control_plane_only: bool = False, images: str = "all"
     _ensure_node(state)
     start_object_store(state, state.network["address"])
     if images != "none":
-        from cluster.images import load_images
+        from cluster.imageload import load_images
 
         load_images(state, images)
     return state

@@ -224,7 +224,10 @@ def start_node(state: ClusterState) -> None:
     wait_until(lambda: answers(ready), "cluster DNS ready", state, "coredns")
     wait_until(lambda: node_is_ready(state.server, authority.pair, admin), "node Ready", state, "kubelet", 120)
     wait_until(
-        lambda: "kube-proxy" in run_tool("nft", "list", "tables", check=False), "service rules written", state, "kube-proxy"
+        lambda: "kube-proxy" in run_tool("nft", "list", "tables", check=False),
+        "service rules written",
+        state,
+        "kube-proxy",
     )
 
 

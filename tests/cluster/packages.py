@@ -14,13 +14,11 @@ NODE_PACKAGES = {
     "runc": "runc",
     "containernetworking-plugins": "/usr/lib/cni/bridge",
     "nftables": "nft",
-    "conntrack": "conntrack",
     "iproute2": "ip",
-    "iptables": "iptables",
     "mount": "umount",
     "busybox-static": "busybox",
 }
-IMAGE_PACKAGES = {"buildah": "buildah", "debootstrap": "debootstrap"}
+IMAGE_PACKAGES = {"buildah": "buildah", "debootstrap": "debootstrap", "skopeo": "skopeo"}
 
 
 def find_program_of_system(name: str) -> str | None:

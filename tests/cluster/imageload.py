@@ -1,0 +1,135 @@
+"""Puts built images on the node without a registry and without copying gigabytes more often than once.
+
+buildah's storage -> OCI layout with uncompressed layers (skopeo writes only layers that are new) -> containerd. Handing containerd a 6.3 GB
+layer through its socket takes 122 s; linking the blob into its content folder and registering it takes 0.3 s, as both lie in our cache
+folder, so a second copy on disk is saved as well. Measured for the trainer on 2 cores: export 64 s, register 0.3 s, unpack 50 s, once; after
+a change of code 2 s in all, because the dependencies' layer is there already. (`buildah push` to an OCI archive and
+`ctr images import`, the plain way, takes 115 + 63 + 92 s every time.)
+"""
+
+import io
+import json
+import os
+import subprocess
+import tarfile
+from pathlib import Path
+
+from cluster.errors import ClusterFailedError
+from cluster.images import build_image, engine_environment, storage_options
+from cluster.node import containerd_client, containerd_root, run_folder
+from cluster.places import cache_root, locked
+from cluster.state import ClusterState
+
+NAME_ANNOTATION = "io.containerd.image.name"
+
+
+def load_images(state: ClusterState, which: str) -> None:
+    """Build and load the operator's image, and with `which="all"` the trainer's; records the references in the state."""
+    for name in ("operator", "trainer") if which == "all" else ("operator",):
+        reference = build_image(name, engine="buildah")
+        load_image(state, name, reference)
+        state.images[name] = reference
+        state.save()
+
+
+def load_image(state: ClusterState, name: str, reference: str) -> None:
+    """Make an image of buildah's storage known to the node's containerd and unpack it; forget older ones of that name."""
+    present = containerd_client(state, "images", "list", "--quiet").split()
+    if reference not in present:
+        with locked(cache_root() / "images" / "load.lock"):
+            layout = cache_root() / "images" / f"layout-{name}"
+            export_layout(reference, layout)
+            # A blob that no image refers to yet may be collected between its registration and the import: then once more.
+            for last in (False, True):
+                register_blobs(state, layout)
+                try:
+                    import_index(state, layout, reference)
+                    break
+                except ClusterFailedError:
+                    if last:
+                        raise
+    stem = reference.partition(":")[0] + ":"
+    if older := [other for other in present if other.startswith(stem) and other != reference]:
+        containerd_client(state, "images", "remove", *older)
+
+
+def export_layout(reference: str, layout: Path) -> None:
+    """Write the image as the only one of an OCI layout; blobs that are there are not written again, unused ones removed."""
+    options = storage_options()
+    storage = f"containers-storage:[overlay@{options[1]}+{options[3]}]{reference}"
+    (layout / "index.json").unlink(missing_ok=True)
+    done = subprocess.run(
+        ["skopeo", "copy", "--quiet", "--dest-oci-accept-uncompressed-layers", storage, f"oci:{layout}:image"],
+        capture_output=True,
+        text=True,
+        env=engine_environment(),
+    )
+    if done.returncode:
+        raise ClusterFailedError(f"skopeo copy {storage}: {done.stderr.strip()}")
+    used = {blob.name for blob, _ in layout_blobs(layout)}
+    for blob in (layout / "blobs" / "sha256").iterdir():
+        if blob.name not in used:
+            blob.unlink()
+
+
+def layout_blobs(layout: Path) -> list[tuple[Path, int]]:
+    """Every blob of the layout's one image with its size: manifest, configuration, layers."""
+    folder = layout / "blobs" / "sha256"
+    entry = json.loads((layout / "index.json").read_text())["manifests"][0]
+    manifest = json.loads((folder / entry["digest"].removeprefix("sha256:")).read_text())
+    return [
+        (folder / item["digest"].removeprefix("sha256:"), item["size"])
+        for item in (entry, manifest["config"], *manifest["layers"])
+    ]
+
+
+def register_blobs(state: ClusterState, layout: Path) -> None:
+    """Make containerd know the layout's blobs: linked into its content folder where the file system allows, else copied."""
+    content = containerd_root() / "io.containerd.content.v1.content" / "blobs" / "sha256"
+    content.mkdir(parents=True, exist_ok=True)
+    known = containerd_client(state, "content", "list", "--quiet").split()
+    for blob, size in layout_blobs(layout):
+        digest = f"sha256:{blob.name}"
+        if digest in known:
+            continue
+        try:
+            os.link(blob, content / blob.name)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            if error.errno not in (18, 1, 31):  # EXDEV, EPERM, EMLINK: containerd then copies what it reads
+                raise
+        _feed(state, blob, "content", "ingest", f"--expected-digest={digest}", f"--expected-size={size}", f"plumbline-{blob.name}")  # fmt: skip
+
+
+def import_index(state: ClusterState, layout: Path, reference: str) -> None:
+    """Import an archive that holds only the index: every blob it names is registered; containerd unpacks the layers it has not yet."""
+    index = json.loads((layout / "index.json").read_text())
+    index["manifests"][0]["annotations"] = {NAME_ANNOTATION: reference}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in (
+            ("oci-layout", (layout / "oci-layout").read_bytes()),
+            ("index.json", json.dumps(index).encode()),
+        ):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    file = state.folder / "image-index.tar"
+    file.write_bytes(buffer.getvalue())
+    containerd_client(state, "images", "import", str(file))
+    file.unlink()
+
+
+def _feed(state: ClusterState, file: Path, *arguments: str) -> None:
+    """Run ctr with a file as its input."""
+    socket = str(run_folder(state) / "containerd.sock")
+    with file.open("rb") as source:
+        done = subprocess.run(
+            ["ctr", "--address", socket, "--namespace", "k8s.io", *arguments],
+            stdin=source,
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        raise ClusterFailedError(f"ctr {' '.join(arguments)}: {done.stderr.strip()}")
