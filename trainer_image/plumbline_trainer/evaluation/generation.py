@@ -53,7 +53,7 @@ def generate(
     seed: int = 0,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     ranks: Ranks | None = None,
-    at_step: Callable[[int, int], None] | None = None,
+    at_step: Callable[[float], None] | None = None,
 ) -> list[Answer]:
     """Answer every prompt.
 
@@ -66,7 +66,7 @@ def generate(
         seed: of the draws.
         tokens_per_batch: budget of one batch.
         ranks: processes that share the prompts; each gets all answers.
-        at_step: called with (answers done, answers in all) at every step of this process; it may raise to stop.
+        at_step: told at every step the largest share of this process's steps that is done; it may raise to stop.
 
     Returns:
         One answer per prompt, in order.
@@ -76,10 +76,14 @@ def generate(
         by_length = sorted(mine, key=lambda i: (len(prompts[i].ids), i))
         mine = by_length[ranks.rank :: ranks.size]
     answers: dict[int, Answer] = {}
-    for batch in plan_batches([prompts[i] for i in mine], max_new_tokens, tokens_per_batch):
+    batches = plan_batches([prompts[i] for i in mine], max_new_tokens, tokens_per_batch)
+    for number, batch in enumerate(batches):
         indices = [mine[i] for i in batch]
-        done = len(answers)
-        notify = None if at_step is None else (lambda n, done=done: at_step(done + n, len(mine)))
+
+        def notify(step: int, number: int = number) -> None:
+            if at_step is not None:
+                at_step((number + step / max_new_tokens) / len(batches))
+
         found = _answer_batch(
             model,
             tokenizer,
@@ -116,7 +120,7 @@ def _answer_batch(
     max_new_tokens: int,
     temperature: float,
     seed: int,
-    at_step: Callable[[int], None] | None,
+    at_step: Callable[[int], None],
 ) -> list[Answer]:
     from transformers import DynamicCache
 
@@ -154,8 +158,7 @@ def _answer_batch(
                 taken[row].append(int(tokens[place]))
         stay = torch.nonzero(~ended).flatten()
         running = [running[i] for i in stay.tolist()]
-        if at_step is not None:
-            at_step(len(prompts) - len(running))
+        at_step(step + 1)
         if not running:
             break
         stay = stay.to(device)

@@ -9,6 +9,7 @@ from typing import Any
 
 from plumbline_api.errors import InputError
 from plumbline_api.evaluation import ModelJudge, RuleJudge
+
 from plumbline_trainer.data.encode import Encoded, EncodedResponse, tokenize
 from plumbline_trainer.data.rows import Message
 from plumbline_trainer.data.templates import Renderer
@@ -17,8 +18,10 @@ from plumbline_trainer.models.tokenizer import Tokenizer
 ANSWER_SHOWN_MAX = 4000
 """Characters of an answer that a judge model is shown; longer ones are cut alike on both sides."""
 
-_ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|etc|vs|cf|approx|no|vol|fig|dr|mr|mrs|ms|prof|st|jr|sr|[a-z])\.$", re.I)
-_BULLET = re.compile(r"^\s*(?:[-*•–]|\(?\d{1,3}[.)]|\(?[a-z][.)])\s+", re.I)
+_ABBREVIATION = re.compile(
+    r"\b(?:e\.g|i\.e|etc|vs|cf|approx|no|vol|fig|dr|mr|mrs|ms|prof|st|jr|sr|[a-z])\.$", re.IGNORECASE
+)
+_BULLET = re.compile(r"^\s*(?:[-*•–]|\(?\d{1,3}[.)]|\(?[a-z][.)])\s+", re.IGNORECASE)
 _STOP = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)")
 
 
@@ -162,5 +165,5 @@ def _encode(judge: ModelJudge, tokenizer: Tokenizer, question: Question, *, swap
     # The plain template ends before the space that its vocabularies hold together with the letter.
     letters = ("A", "B") if tokenizer.template is not None else (" A", " B")
     prompt, *replies = tokenize(tokenizer, [rendered, *letters])
-    responses = [EncodedResponse(ids[:1], [True], "completion") for ids in replies]
+    responses = [EncodedResponse(ids, [True] * len(ids), "completion") for ids in replies]
     return Encoded(question.row_id, question.row_id, prompt, responses)

@@ -34,9 +34,7 @@ class Estimate:
 
     def mapped(self, monotone: Callable[[float], float]) -> Estimate:
         """The estimate of an increasing function of the figure."""
-        return Estimate(
-            monotone(self.value), monotone(self.lower), monotone(self.upper), self.clusters, self.method
-        )
+        return Estimate(monotone(self.value), monotone(self.lower), monotone(self.upper), self.clusters, self.method)
 
 
 def ratio(
