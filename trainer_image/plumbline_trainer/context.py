@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from plumbline_api import layout
 from plumbline_api.stagerun import PreflightFindings, StageInput, StageRun
+
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.progress import ProgressReporter
 from plumbline_trainer.storage.objects import ObjectStore
@@ -92,9 +93,7 @@ class StageContext:
         """URI of the output that a stage input stands for."""
         assert item.stage_type is not None
         assert item.fingerprint is not None
-        return layout.stage_root(
-            self.run.storage.uri, self.run.pipeline.namespace, item.stage_type, item.fingerprint
-        )
+        return layout.stage_root(self.run.storage.uri, self.run.pipeline.namespace, item.stage_type, item.fingerprint)
 
     def input(self, role: str) -> StageInput:
         """The input of a role, such as `model` or `dataset`.
@@ -106,7 +105,9 @@ class StageContext:
             if item.role == role:
                 return item
         known = ", ".join(item.role for item in self.run.inputs) or "none"
-        raise InputError(f'stage {self.run.stage} ({self.run.type}) was started without an input "{role}". Inputs: {known}')
+        raise InputError(
+            f'stage {self.run.stage} ({self.run.type}) was started without an input "{role}". Inputs: {known}'
+        )
 
     def inputs_with(self, prefix: str) -> list[StageInput]:
         """The inputs whose role begins with a prefix, such as `suites.`."""
@@ -139,4 +140,6 @@ class StageOutput:
     last_step: int | None = None
     preflight: PreflightFindings | None = None
     message: str = ""
-    """One line for people; absent: `Completed`."""
+    """One line for people."""
+    manifest_digest: str | None = None
+    """Manifest that is committed already; only `collect` knows one."""

@@ -26,6 +26,7 @@ from plumbline_api.stagerun import (
     ProgressReport,
     TrainerStatus,
 )
+
 from plumbline_trainer.storage import uris
 from plumbline_trainer.storage.objects import ObjectStore
 
@@ -65,9 +66,7 @@ class ProgressReporter:
         self._sent = self._written = self._saved = -math.inf
         self._thread: threading.Thread | None = None
 
-    def update(
-        self, step: int, steps: int, message: str = "", metrics: Mapping[str, float] | None = None
-    ) -> None:
+    def update(self, step: int, steps: int, message: str = "", metrics: Mapping[str, float] | None = None) -> None:
         """Say that `step` of `steps` are done. Metrics stay shown until they are given again."""
         try:
             self._update(step, steps, message, dict(metrics or {}))

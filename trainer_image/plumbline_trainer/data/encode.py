@@ -1,9 +1,9 @@
 """The one place where messages become token ids.
 
-A row is rendered by the model's chat template and tokenised as a whole. The prompt is what the template renders before it
-lets the assistant answer; its ids must be a prefix of the whole dialogue's ids, so that responses can share it. Where they
-are not, the row is kept unshared and counted. Sequences are cut at their end: a prompt is never cut, so the responses of a
-row truncate it alike (not at all), and a row whose answer would be cut away is dropped and counted.
+A row is rendered by the model's chat template and tokenised as a whole. The prompt is what the template renders before
+it lets the assistant answer; its ids must be a prefix of the whole dialogue's ids, so that responses can share it.
+Where they are not, the row is kept unshared and counted. Sequences are cut at their end: a prompt is never cut, so the
+responses of a row truncate it alike (not at all), and a row whose answer would be cut away is dropped and counted.
 """
 
 from __future__ import annotations
@@ -124,8 +124,7 @@ def encode_rows(rows: Iterable[Row], tokenizer: Tokenizer, *, method: Method, ma
         max_length: longest sequence in tokens, prompt and response together.
 
     Raises:
-        InputError: where the template refuses a row, where a row does not have what the method needs, or where no row is
-            left.
+        InputError: where the template refuses a row, where a row lacks what the method needs, or where no row is left.
     """
     found, given = EncodedRows(), 0
     render, source = Renderer(tokenizer), iter(rows)
@@ -243,9 +242,7 @@ def _add_dialogue(
     """Put one row together from the ids of its dialogues (whole, then before and up to each turn of the assistant)."""
     wholes = [_with_end(sequence, tokenizer) for sequence in sequences]
     prompt = sequences[0][1]
-    shared = method != "all" and all(
-        whole[: len(prompt)] == prompt and len(whole) > len(prompt) for whole, _ in wholes
-    )
+    shared = method != "all" and all(whole[: len(prompt)] == prompt and len(whole) > len(prompt) for whole, _ in wholes)
     if method != "all" and not shared:
         found.unshared += 1
         found._remark(f"{row.source}: not shared, its prompt is no prefix of the dialogue under the model's template")

@@ -19,8 +19,8 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-"""For models without a chat template. The generation prompt ends before the space, because most vocabularies hold a word
-together with the space before it; so the prompt's ids are a prefix of the whole dialogue's."""
+"""For models without a chat template. The generation prompt ends before the space, because most vocabularies hold a
+word together with the space before it; so the prompt's ids are a prefix of the whole dialogue's."""
 
 
 def begins_with_bos(tokenizer: Tokenizer) -> bool:

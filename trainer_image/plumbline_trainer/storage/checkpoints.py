@@ -1,7 +1,7 @@
 """Checkpoints on their way to storage and back. What is in them is the engine's business.
 
-Each lies in a folder of its own, `<run root>/checkpoints/<step>-<nonce>/`, and counts once its `manifest.json` is there.
-The newest one that is complete and undamaged is resumed from; older ones than the last two are deleted.
+Each lies in a folder of its own, `<run root>/checkpoints/<step>-<nonce>/`, and counts once its `manifest.json` is
+there. The newest one that is complete and undamaged is resumed from; older ones than the last two are deleted.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
-
 from plumbline_api import layout
 from plumbline_api.base import Contract
 from plumbline_api.fingerprint import canonical_json
+from pydantic import Field, ValidationError
+
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.storage import uris
 from plumbline_trainer.storage.manifests import ManifestFile, download, node_lock
@@ -125,7 +125,9 @@ def load_latest_checkpoint(context: StageContext) -> Checkpoint | None:
 def _upload(context: StageContext, step: int, folder: Path, state: dict[str, Any]) -> None:
     store, root = context.store, uris.join(context.run_root, FOLDER)
     place = uris.join(root, f"{step:08d}-{secrets.token_hex(8)}")
-    files = [ManifestFile(path=path, size=size, sha256=digest) for path, size, digest in store.put_folder(place, folder)]
+    files = [
+        ManifestFile(path=path, size=size, sha256=digest) for path, size, digest in store.put_folder(place, folder)
+    ]
     manifest = CheckpointManifest(
         step=step, fingerprint=context.run.fingerprint, attempt=context.run.attempt, files=files, state=state
     )
@@ -183,4 +185,3 @@ def _download_newest(context: StageContext, folder: Path) -> CheckpointManifest 
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-

@@ -1,4 +1,7 @@
-"""Objects as files of a mounted file system: written beside their place and renamed, so that readers never see half of one."""
+"""Objects as files of a mounted file system.
+
+They are written beside their place and renamed, so that readers never see half of one.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -86,10 +89,13 @@ class FileBackend:
     def get_file(self, place: Location, path: Path) -> str:
         """Copy a file out."""
         source_path = Path(place.key)
-        with _explained(source_path), replaced(path) as partial:
-            with source_path.open("rb") as source, partial.open("xb") as sink:
-                digest = copy_hashed(source, sink)
-        return digest
+        with (
+            _explained(source_path),
+            replaced(path) as partial,
+            source_path.open("rb") as source,
+            partial.open("xb") as sink,
+        ):
+            return copy_hashed(source, sink)
 
     def get_bytes(self, place: Location) -> bytes:
         """The bytes of a file."""
@@ -110,7 +116,7 @@ class FileBackend:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def list(self, place: Location) -> Iterator[tuple[str, int, str, str]]:
+    def entries(self, place: Location) -> Iterator[tuple[str, int, str, str]]:
         """Files below a folder, symbolic links to folders not followed."""
         root = Path(place.key)
         with _explained(root):
@@ -121,7 +127,7 @@ class FileBackend:
                         continue
                     yield path.relative_to(root).as_posix(), *_described(path.stat())
 
-    def delete(self, places: list[Location]) -> None:
+    def delete(self, places: Sequence[Location]) -> None:
         """Delete files and the folders that become empty."""
         for place in places:
             path = Path(place.key)
@@ -152,9 +158,13 @@ def _explained(path: Path) -> Iterator[None]:
         ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise TransientError(f"{path}: no space is left on the device. Free some, then retry", reason="StorageFull") from error
+            raise InputError(
+                f"{path}: no space is left on the device. Free some, then retry", reason="DiskFull"
+            ) from error
         if error.errno == errno.EROFS:
-            raise InputError(f"{path}: the file system is read-only; choose another place", reason="StorageDenied") from error
+            raise InputError(
+                f"{path}: the file system is read-only; choose another place", reason="StorageDenied"
+            ) from error
         if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
             raise TransientError(f"{path}: {error.strerror}", reason="StorageUnavailable") from error
         raise

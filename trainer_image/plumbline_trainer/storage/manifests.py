@@ -1,7 +1,7 @@
 """Outputs: committed by one manifest, verified before use.
 
-An output's files go to a folder of their own first; `manifest.json`, written only where none is yet, makes them the output.
-Readers trust nothing that no manifest names, and nothing whose size or SHA-256 differs from what it says.
+An output's files go to a folder of their own first; `manifest.json`, written only where none is yet, makes them the
+output. Readers trust nothing that no manifest names, and nothing whose size or SHA-256 differs from what it says.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError
-
 from plumbline_api import layout
 from plumbline_api.base import Contract, Digest
 from plumbline_api.fingerprint import canonical_json
 from plumbline_api.stagerun import StageInput
+from pydantic import AfterValidator, Field, ValidationError
+
 from plumbline_trainer.errors import InputError, TransientError
 from plumbline_trainer.storage import uris
 from plumbline_trainer.storage.objects import PARALLEL_OBJECTS, ObjectStore
@@ -162,7 +162,7 @@ def _read_required(store: ObjectStore, root_uri: str) -> tuple[bytes, Manifest, 
     found = _read(store, root_uri)
     if found is None:
         raise InputError(
-            f"{manifest_uri(root_uri)} is missing: the output of an earlier stage is gone from storage. Retry that stage",
+            f"{manifest_uri(root_uri)} is missing: the output of an earlier stage is gone. Retry that stage",
             reason=MISSING,
         )
     return found
@@ -197,17 +197,24 @@ def commit_output(context: StageContext, output: StageOutput) -> tuple[Manifest,
 
 
 def _settle_race(context: StageContext, manifest: Manifest, data: bytes) -> tuple[Manifest, str]:
-    """Another manifest stands in our place: it holds if its files do, else it is damaged goods and ours replaces it."""
+    """Another manifest stands in our place. It holds if it was made from the same inputs and its files are sound.
+
+    Else it is what an earlier run left, which was refused as a cache hit for the same reason, and ours replaces it.
+    """
     try:
         winner = read_manifest(context.store, context.output_root)
-        sound = winner is not None and not damage(context.store, context.output_root, winner[0])
+        sound = (
+            winner is not None
+            and winner[0].parents == manifest.parents
+            and not damage(context.store, context.output_root, winner[0])
+        )
     except InputError:
         winner, sound = None, False
     if winner is not None and sound:
         context.log.warning("another attempt committed this output first; its result holds")
         context.store.delete_prefix(uris.join(context.output_root, manifest.folder))
         return winner
-    context.log.warning("the output that was committed before is damaged; it is replaced")
+    context.log.warning("the output that was committed before is damaged or of other inputs; it is replaced")
     context.store.put_bytes(manifest_uri(context.output_root), data)
     return manifest, hashlib.sha256(data).hexdigest()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import translate
@@ -34,24 +34,49 @@ class ObjectInfo:
     """When it was last written."""
 
 
-class Backend(Protocol):
-    """What a scheme must be able to do. Missing objects raise FileNotFoundError, the rest maps to the trainer's errors."""
+Objects = list[ObjectInfo]
+StoredFiles = list[tuple[str, int, str]]
+"""Relative path, size and SHA-256 of uploaded files."""
+Entry = tuple[str, int, str, str]
+"""Key below the listed folder, size, ETag, time."""
 
-    def put_file(self, place: Location, path: Path) -> str: ...
-    def put_bytes(self, place: Location, data: bytes, *, if_absent: bool) -> bool: ...
-    def get_file(self, place: Location, path: Path) -> str: ...
-    def get_bytes(self, place: Location) -> bytes: ...
-    def head(self, place: Location) -> tuple[int, str, str] | None: ...
-    def hash(self, place: Location) -> tuple[str, int]: ...
-    def list(self, place: Location) -> Iterator[tuple[str, int, str, str]]: ...
-    def delete(self, places: list[Location]) -> None: ...
+
+class Backend(Protocol):
+    """What a scheme must be able to do.
+
+    Missing objects raise FileNotFoundError, everything else becomes one of the trainer's errors.
+    """
+
+    def put_file(self, place: Location, path: Path) -> str:
+        """Upload a file; its SHA-256."""
+
+    def put_bytes(self, place: Location, data: bytes, *, if_absent: bool) -> bool:
+        """Write an object; False if it must be absent and is not."""
+
+    def get_file(self, place: Location, path: Path) -> str:
+        """Download an object; the SHA-256 of what was received."""
+
+    def get_bytes(self, place: Location) -> bytes:
+        """Read an object."""
+
+    def head(self, place: Location) -> tuple[int, str, str] | None:
+        """Size, ETag and time; None if it is not there."""
+
+    def hash(self, place: Location) -> tuple[str, int]:
+        """SHA-256 and size of the bytes as they are now."""
+
+    def entries(self, place: Location) -> Iterator[Entry]:
+        """Objects below a folder."""
+
+    def delete(self, places: Sequence[Location]) -> None:
+        """Delete objects; those that are not there are no error."""
 
 
 class ObjectStore:
     """Objects by full URI. Thread-safe.
 
-    Errors: `InputError` (reason StorageDenied, StorageMissing, …) where a person must act, `TransientError` where trying
-    again may help, `FileNotFoundError` for an object that is not there.
+    Errors: `InputError` (reason StorageDenied, StorageMissing, …) where a person must act, `TransientError` where
+    trying again may help, `FileNotFoundError` for an object that is not there.
     """
 
     def __init__(self, *, endpoint: str | None = None, region: str | None = None) -> None:
@@ -94,14 +119,14 @@ class ObjectStore:
         """Whether an object is there."""
         return self.stat(uri) is not None
 
-    def list(self, prefix: str) -> list[ObjectInfo]:
+    def list(self, prefix: str) -> Objects:
         """Objects below a folder, in order of their URI; empty when the folder is not there."""
         backend, place = self._at(prefix.rstrip("/"))
         root = prefix.rstrip("/")
-        found = [ObjectInfo(f"{root}/{key}", size, etag, when) for key, size, etag, when in backend.list(place)]
+        found = [ObjectInfo(f"{root}/{key}", size, etag, when) for key, size, etag, when in backend.entries(place)]
         return sorted(found, key=lambda info: info.uri)
 
-    def glob(self, pattern: str) -> list[ObjectInfo]:
+    def glob(self, pattern: str) -> Objects:
         """Objects that match a URI with `*`, `?`, `[…]`; `*` does not cross `/`, `**` does."""
         fixed = pattern
         while uris.is_pattern(fixed):
@@ -116,7 +141,7 @@ class ObjectStore:
         backend, _ = self._at(prefix)
         backend.delete([uris.parse(info.uri) for info in self.list(prefix)])
 
-    def put_folder(self, root: str, folder: Path) -> list[tuple[str, int, str]]:
+    def put_folder(self, root: str, folder: Path) -> StoredFiles:
         """Upload every file below a folder, several at once: (relative path, size, SHA-256) in order of path."""
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         names = [path.relative_to(folder).as_posix() for path in paths]
@@ -161,4 +186,3 @@ def _glob_expression(pattern: str) -> str:
         else:
             pieces.append(re.escape(part))
     return "".join(pieces)
-

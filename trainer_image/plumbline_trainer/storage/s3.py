@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import boto3
+from boto3.exceptions import S3UploadFailedError
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import (
@@ -23,8 +23,7 @@ from botocore.exceptions import (
     ParamValidationError,
     PartialCredentialsError,
 )
-from boto3.exceptions import S3UploadFailedError
-from s3transfer.exceptions import RetriesExceededError
+from s3transfer.exceptions import RetriesExceededError  # type: ignore[import-untyped]
 
 from plumbline_trainer.errors import InputError, TransientError
 from plumbline_trainer.storage.files import CHUNK, file_digest, replaced
@@ -32,12 +31,23 @@ from plumbline_trainer.storage.uris import Location
 
 CREDENTIAL_KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN)"
 DENIED = frozenset(
-    {
-        "AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken",
-        "TokenRefreshRequired", "AccountProblem", "AuthorizationHeaderMalformed", "UnauthorizedAccess", "Forbidden",
-        "403", "401", "InvalidSecurity", "RequestTimeTooSkewed",
-    }
-)  # fmt: skip
+    [
+        "AccessDenied",
+        "AllAccessDisabled",
+        "InvalidAccessKeyId",
+        "SignatureDoesNotMatch",
+        "InvalidToken",
+        "ExpiredToken",
+        "TokenRefreshRequired",
+        "AccountProblem",
+        "UnauthorizedAccess",
+        "Forbidden",
+        "403",
+        "401",
+        "InvalidSecurity",
+        "RequestTimeTooSkewed",
+    ]
+)
 MISSING = frozenset({"NoSuchKey", "404", "NotFound"})
 CONFLICT_ATTEMPTS = 8
 TRANSFER = TransferConfig(
@@ -66,8 +76,6 @@ class S3Backend:
             region_name=region or session.region_name or "us-east-1",
             config=config,
         )
-        # Creating signers is not thread-safe in botocore; calls are.
-        self._lock = threading.Lock()
 
     def put_file(self, place: Location, path: Path) -> str:
         """Upload in parallel parts, each with its SHA-256 for the server to check; hashed as a whole meanwhile."""
@@ -91,8 +99,11 @@ class S3Backend:
                     code = _code(error)
                     if if_absent and code in ("PreconditionFailed", "412"):
                         # A request that was repeated after a lost answer meets its own object.
-                        return self._client.get_object(Bucket=place.bucket, Key=place.key)["Body"].read() == data
-                    if code in ("ConditionalRequestConflict", "OperationAborted", "409") and attempt + 1 < CONFLICT_ATTEMPTS:
+                        return bool(self._client.get_object(Bucket=place.bucket, Key=place.key)["Body"].read() == data)
+                    if (
+                        code in ("ConditionalRequestConflict", "OperationAborted", "409")
+                        and attempt + 1 < CONFLICT_ATTEMPTS
+                    ):
                         time.sleep(random.uniform(0, 0.1 * 2**attempt))
                         continue
                     raise
@@ -132,7 +143,7 @@ class S3Backend:
         etag = found.get("ETag", "").strip('"') + (f"@{version}" if version and version != "null" else "")
         return found["ContentLength"], etag, found["LastModified"].isoformat()
 
-    def list(self, place: Location) -> Iterator[tuple[str, int, str, str]]:
+    def entries(self, place: Location) -> Iterator[tuple[str, int, str, str]]:
         """Objects below a prefix that ends at a `/`."""
         prefix = f"{place.key}/" if place.key else ""
         with self._explained(place, f"listing {_shown(place)}"):
@@ -142,7 +153,7 @@ class S3Backend:
                         when = item["LastModified"].isoformat()
                         yield item["Key"].removeprefix(prefix), item["Size"], item.get("ETag", "").strip('"'), when
 
-    def delete(self, places: list[Location]) -> None:
+    def delete(self, places: Sequence[Location]) -> None:
         """Delete objects, a thousand at a time."""
         for start in range(0, len(places), 1000):
             some = places[start : start + 1000]
@@ -151,7 +162,9 @@ class S3Backend:
                     Bucket=some[0].bucket, Delete={"Objects": [{"Key": p.key} for p in some], "Quiet": True}
                 )
             if errors := reply.get("Errors"):
-                raise TransientError(f"deleting {_shown(some[0])}: {errors[0].get('Message')}", reason="StorageUnavailable")
+                raise TransientError(
+                    f"deleting {_shown(some[0])}: {errors[0].get('Message')}", reason="StorageUnavailable"
+                )
 
     @contextmanager
     def _explained(self, place: Location, doing: str) -> Iterator[None]:
@@ -189,12 +202,18 @@ class S3Backend:
             )
         if code == "NoSuchBucket":
             return InputError(
-                f"{doing}: there is no {where}. Create it, or correct the URI or storage.endpoint", reason="StorageMissing"
+                f"{doing}: there is no {where}. Create it, or correct the URI or storage.endpoint",
+                reason="StorageMissing",
             )
         if code in MISSING or status == 404:
             return FileNotFoundError(f"{doing}: not found in {where}")
-        if code in ("PermanentRedirect", "IllegalLocationConstraintException", "AuthorizationHeaderMalformed") or status == 301:
-            return InputError(f"{doing}: {where} is in another region ({said}). Set storage.region", reason="StorageDenied")
+        if (
+            code in ("PermanentRedirect", "IllegalLocationConstraintException", "AuthorizationHeaderMalformed")
+            or status == 301
+        ):
+            return InputError(
+                f"{doing}: {where} is in another region ({said}). Set storage.region", reason="StorageDenied"
+            )
         if 400 <= status < 500 and status not in (408, 409, 412, 425, 429):
             return InputError(f"{doing}: {where} refused the request ({code}: {said})", reason="StorageRefused")
         return TransientError(f"{doing}: {where} answered {code}: {said}", reason="StorageUnavailable")

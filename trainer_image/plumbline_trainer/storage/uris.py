@@ -38,7 +38,9 @@ def check_relative(path: str) -> str:
         or any(ord(char) < 32 or ord(char) == 127 for char in decoded)
     )
     if bad:
-        raise InputError(f"{path!r} is not a path below its root: absolute paths, `..` and control characters are refused")
+        raise InputError(
+            f"{path!r} is not a path below its root: absolute paths, `..` and control characters are refused"
+        )
     return path
 
 

@@ -1,0 +1,46 @@
+"""The rows that a stage reads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from plumbline_api.stagerun import StageInput
+
+from plumbline_trainer.data.formats import ParsedDataset, parse_dataset
+from plumbline_trainer.data.rows import Row
+from plumbline_trainer.data.sources import fetch_dataset
+from plumbline_trainer.data.splits import SPLITS, Split, split_of
+from plumbline_trainer.errors import InputError
+
+if TYPE_CHECKING:
+    from plumbline_trainer.context import StageContext
+
+
+def load_dataset(context: StageContext, item: StageInput) -> ParsedDataset:
+    """Fetch and verify a dataset, and parse all of it."""
+    return parse_dataset(fetch_dataset(context, item), item.name, item.settings)
+
+
+def load_rows(context: StageContext, item: StageInput, split: Split, *, allow_empty: bool = False) -> list[Row]:
+    """The rows of one split of a dataset, in the order of its files.
+
+    Raises:
+        InputError: if it cannot be read, has changed since preflight, or has no rows in this split.
+    """
+    rows = load_dataset(context, item).rows
+    chosen = [row for row in rows if split_of(row, item.settings) == split]
+    if not chosen and not allow_empty:
+        raise InputError(empty_split(item.name, split, rows, item.settings))
+    return chosen
+
+
+def empty_split(name: str, split: Split, rows: list[Row], settings: dict[str, object]) -> str:
+    """What to say about a split without rows."""
+    counts = {kind: sum(split_of(row, settings) == kind for row in rows) for kind in SPLITS}
+    there = ", ".join(f"{count:,} in {kind}" for kind, count in counts.items() if count)
+    remedy = (
+        "Lower datasets[].split.evaluation and test, or add rows"
+        if split == "train"
+        else f"Raise datasets[].split.{split}, add rows, or set datasets[].role to test if no stage trains on it"
+    )
+    return f'dataset "{name}" has no rows in its {split} split ({len(rows):,} rows: {there}). {remedy}'
