@@ -1,0 +1,141 @@
+"""`plumbline logs`: what the trainer of a stage has printed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from plumbline_cli.commands.options import Context, Namespace, PipelineChoice, Storage, Target
+from plumbline_cli.commands.targets import ClusterTarget, LocalTarget, find_target
+from plumbline_cli.exits import BAD_INPUT, NOT_FOUND, CommandError
+from plumbline_cli.output import err
+
+if TYPE_CHECKING:
+    from plumbline_api.status import PipelineStatus
+
+POLL_SECONDS = 0.5
+
+
+def logs(
+    target: Target,
+    stage: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[STAGE]",
+            help="Stage. Absent: the one that runs, else that failed, else the last.",
+            show_default=False,
+        ),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on as more is printed, until the stage ends.")
+    ] = False,
+    tail: Annotated[int | None, typer.Option("--tail", min=0, metavar="N", help="Begin with the last N lines.")] = None,
+    attempt: Annotated[
+        int | None, typer.Option("--attempt", min=1, metavar="N", help="Attempt (else the last).")
+    ] = None,
+    storage: Storage = None,
+    namespace: Namespace = None,
+    context: Context = None,
+    pipeline: PipelineChoice = None,
+) -> None:
+    """Print the log of a stage."""
+    found = find_target(target, storage=storage, namespace=namespace, context=context, pipeline=pipeline)
+    if isinstance(found, LocalTarget):
+        lines = _local_lines(found, stage, attempt, follow=follow, tail=tail)
+    else:
+        lines = _cluster_lines(found, stage, attempt, follow=follow, tail=tail)
+    for line in lines:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+
+def _local_lines(
+    target: LocalTarget, stage: str | None, attempt: int | None, *, follow: bool, tail: int | None
+) -> Iterator[str]:
+    jobs = target.state.jobs
+    with_log = [job for job in jobs if target.folder.job(job.name).log.exists()]
+    name = stage or _default_stage(target.state.status, [job.stage for job in with_log])
+    chosen = [job for job in with_log if job.stage == name and attempt in (None, job.attempt)]
+    if not chosen:
+        there = ", ".join(dict.fromkeys(f"{job.stage} (attempt {job.attempt})" for job in with_log)) or "none"
+        what = "" if name is None else f" of {name}" + ("" if attempt is None else f", attempt {attempt},")
+        raise CommandError(
+            f"there is no log{what} in the latest run: a stage that was found in storage prints nothing. Logs: {there}",
+            NOT_FOUND,
+        )
+    job = chosen[-1]
+
+    def is_over() -> bool:
+        now = next((item for item in target.again().state.jobs if item.name == job.name), None)
+        return now is None or now.state != "running" or not target.is_running
+
+    yield from _read(target.folder.job(job.name).log, tail=tail)
+    if follow:
+        yield from _follow(target.folder.job(job.name).log, is_over)
+
+
+def _read(path: Path, *, tail: int | None) -> Iterator[str]:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    yield from lines if tail is None else lines[max(0, len(lines) - tail) :]
+
+
+def _follow(path: Path, is_over: Callable[[], bool]) -> Iterator[str]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        file.seek(0, 2)
+        pending = ""
+        while True:
+            over = is_over()
+            pending += file.read()
+            *lines, pending = pending.split("\n")
+            yield from lines
+            if over:
+                break
+            time.sleep(POLL_SECONDS)
+    if pending:
+        yield pending
+
+
+def _cluster_lines(
+    target: ClusterTarget, stage: str | None, attempt: int | None, *, follow: bool, tail: int | None
+) -> Iterator[str]:
+    from plumbline_api.names import ANNOTATION_ATTEMPT
+    from plumbline_api.status import PipelineStatus
+
+    body = target.read()
+    status = PipelineStatus.model_validate(body.get("status") or {})
+    declared = [item["name"] for item in (body.get("spec") or {}).get("stages") or [] if "name" in item]
+    known = ["preflight", *declared, "finalize"]
+    name = stage or _default_stage(status, [entry.name for entry in status.stages if entry.job])
+    if name is None:
+        raise CommandError(
+            f"{target.name} has not started a stage yet; see `plumbline status {target.name}`", NOT_FOUND
+        )
+    if name not in known:
+        raise CommandError(f'{target.name} has no stage "{name}". Stages: {", ".join(known)}', BAD_INPUT)
+    pods = target.cluster.pods(body["metadata"]["uid"], name)
+    if attempt is not None:
+        pods = [pod for pod in pods if (pod.metadata.annotations or {}).get(ANNOTATION_ATTEMPT) == str(attempt)]
+    if not pods:
+        entry = status.stage_named(name)
+        why = (
+            "it was found in storage" if entry is not None and entry.cached else "none has started, or they are deleted"
+        )
+        raise CommandError(f"there is no pod of {name} to read a log from: {why}", NOT_FOUND)
+    newest = pods[-1]
+    if len(pods) > 1:
+        err().print(f"{newest.metadata.name} ({len(pods)} pods; the newest is shown)", style="dim")
+    yield from target.cluster.log_lines(newest.metadata.name, follow=follow, tail=tail)
+
+
+def _default_stage(status: PipelineStatus, started: list[str]) -> str | None:
+    """The stage whose log is most likely wanted."""
+    for phase in ("Running", "Failed"):
+        for entry in status.stages:
+            if entry.phase == phase and entry.name in started:
+                return entry.name
+    return started[-1] if started else None

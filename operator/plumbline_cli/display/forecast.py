@@ -1,0 +1,56 @@
+"""What a run would do, for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from plumbline_cli.display.ending import shown
+from plumbline_cli.display.words import plural, symbols
+from plumbline_cli.local.forecast import Forecast, StageForecast
+
+
+def print_forecast(console: Console, forecast: Forecast) -> None:
+    """Print what preflight found, then a line per stage."""
+    signs = symbols(console)
+    title = f" {signs.dot} ".join(
+        [forecast.name, plural(len(forecast.stages), "stage"), f"storage {shown(forecast.storage)}"]
+    )
+    console.print(Text(title if forecast.stages else forecast.name, style="bold"))
+    if forecast.problem is not None:
+        console.print(Text(f"  {signs.failed} preflight {forecast.problem}", style="red"))
+        return
+    for note in forecast.notes:
+        console.print(f"  {note}")
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for stage in forecast.stages:
+        sign, style = (signs.succeeded, "green") if stage.is_cached else (signs.running, "cyan")
+        action = Text(f"{sign} {'found in storage' if stage.is_cached else 'runs'}", style=style)
+        table.add_row(Text(f"  {stage.record.name}"), action, Text(describe(stage)))
+    console.print(table)
+    left = sum(not stage.is_cached for stage in forecast.stages)
+    console.print(f"  {plural(left, 'stage')} to run" if left else "  nothing to run: every stage is in storage")
+
+
+def describe(stage: StageForecast) -> str:
+    """`sft on questions, LoRA rank 16, learning rate 0.0002, 2 epochs`."""
+    parameters: dict[str, Any] = stage.record.parameters
+    parts = [stage.record.type + (f" on {parameters['dataset']}" if "dataset" in parameters else "")]
+    if "lora" in parameters:
+        parts.append(f"LoRA rank {parameters['lora']['rank']}")
+    training = parameters.get("training")
+    if isinstance(training, dict):
+        parts.append(f"learning rate {training['learningRate']:g}")
+        if "maxSteps" in training:
+            parts.append(f"at most {training['maxSteps']} steps")
+        parts.append(f"{training['epochs']:g} epoch" + ("" if training["epochs"] == 1 else "s"))
+        parts.append(f"batch {training['globalBatch']}")
+    if "suites" in parameters:
+        parts.append(", ".join(next(iter(suite)) for suite in parameters["suites"]))
+    return ", ".join(parts)
