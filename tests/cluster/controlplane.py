@@ -179,8 +179,9 @@ def start_control_plane(state: ClusterState, address: str = "127.0.0.1") -> Cont
         for name in ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
     }
     for attempt in range(1, ATTEMPTS + 1):
-        ports = choose_free_ports(address, 1) + choose_free_ports("127.0.0.1", 2)
-        plan = ControlPlanePlan(state.folder, address, *ports)
+        api_port = choose_free_ports(address, 1)[0]
+        etcd_port, etcd_peer_port = choose_free_ports("127.0.0.1", 2)
+        plan = ControlPlanePlan(state.folder, address, api_port, etcd_port, etcd_peer_port)
         try:
             _start(state, plan, programs)
             return plan

@@ -2,13 +2,15 @@
 
 import os
 import shlex
-import shutil
 from pathlib import Path
 
 from cluster.binaries import find_program
 from cluster.controlplane import start_control_plane
 from cluster.errors import ClusterFailedError
-from cluster.network import BRIDGE, bridge_exists, create_network
+from cluster.imageload import load_images
+from cluster.kind import kind_is_usable, start_kind, stop_kind
+from cluster.network import BRIDGE, bridge_exists, create_network, remove_network
+from cluster.node import start_node
 from cluster.objectstore import ObjectStore, start_object_store
 from cluster.packages import NODE_PACKAGES, ensure_packages, ensure_root
 from cluster.places import CACHE_VARIABLE, STATE_VARIABLE, cache_root, load_owner, locked, remove_owner, write_owner
@@ -39,15 +41,11 @@ def bring_up(folder: Path, control_plane_only: bool = False, images: str = "all"
     if control_plane_only:
         return state
     if state.kind == KIND:
-        from cluster.kind import start_kind
-
         start_kind(state, images)
         return state
     _ensure_node(state)
     start_object_store(state, state.network["address"])
     if images != "none":
-        from cluster.imageload import load_images
-
         load_images(state, images)
     return state
 
@@ -66,8 +64,6 @@ def _ensure_control_plane(state: ClusterState, address: str) -> None:
 
 
 def _ensure_node(state: ClusterState) -> None:
-    from cluster.node import start_node
-
     ensure_root("a node of our own")
     ensure_packages(NODE_PACKAGES)
     for name in ("kubernetes", "etcd", "coredns", "versitygw", "helm"):
@@ -88,13 +84,6 @@ def _ensure_node(state: ClusterState) -> None:
     start_node(state)
 
 
-def kind_is_usable() -> bool:
-    """Whether kind and a container engine that answers are there."""
-    from cluster.kind import find_engine
-
-    return find_engine() is not None and shutil.which("kind") is not None
-
-
 def bring_down(folder: Path) -> None:
     """Stop every recorded process, undo the network and mounts, remove the state folder. Nothing to do is fine."""
     state = load_state(folder)
@@ -103,16 +92,12 @@ def bring_down(folder: Path) -> None:
             remove_state_folder(folder)
         return
     if state.kind == KIND:
-        from cluster.kind import stop_kind
-
         stop_kind(state)
     else:
         if state.kind == NODE:
             remove_node(state)
         state.stop(grace_seconds=1.0)
         if state.kind == NODE:
-            from cluster.network import remove_network
-
             remove_network(state)
     remove_state_folder(folder)
     if load_owner() == folder:
@@ -151,8 +136,9 @@ def describe_status(folder: Path) -> tuple[str, bool]:
     if state is None:
         return f"no cluster in {folder}", False
     lines = [f"cluster      {state.kind}, API server {state.server}", f"kubeconfig   {state.kubeconfig}"]
-    for record in state.processes:
-        lines.append(f"{record.name:<24} {'running' if record.process() else 'DEAD'}  pid {record.pid}")
+    lines += [
+        f"{record.name:<24} {'running' if record.process() else 'DEAD'}  pid {record.pid}" for record in state.processes
+    ]
     if state.object_store:
         lines.append(
             f"S3           {state.object_store['endpoint']} bucket {state.object_store['bucket']} (keys: python -m cluster env)"
