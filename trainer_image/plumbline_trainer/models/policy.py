@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from plumbline_api import layout
@@ -70,6 +69,16 @@ class Policy:
     """Type of the weights in memory."""
 
 
+class MergeWatch(Protocol):
+    """Sees a chain being merged. The model is on the CPU in its storage type."""
+
+    def before(self, model: Any, tokenizer: Tokenizer, adapter: Adapter, name: str) -> None:
+        """An adapter is about to be merged; `name` is the stage that trained it."""
+
+    def after(self, model: Any, name: str) -> None:
+        """It has been merged."""
+
+
 @dataclass(frozen=True)
 class _Link:
     fetched: FetchedOutput
@@ -92,38 +101,39 @@ def load_policy(
     *,
     precision: str,
     device: torch.device | str,
-    storage_dtype: str = "auto",
-    before_adapter: Callable[[Any, Tokenizer, Adapter, str], None] | None = None,
+    watch: MergeWatch | None = None,
 ) -> Policy:
     """Load the policy that an input names: fetch its chain, verify it, merge every adapter, move to the device.
 
     Args:
         context: of the stage.
         item: an external model or the output of a stage that yields a policy.
-        precision: `float32` or `bfloat16`; type of the weights in memory, after merging in their storage type.
+        precision: `float32` or `bfloat16`, type of the weights in memory after merging in their storage type; or `chain`,
+            to keep that type.
         device: where the weights go.
-        storage_dtype: replaces the type of the chain for rounding; only `merge` sets it.
-        before_adapter: called before each merge with the model so far (CPU, storage type), the tokenizer, the adapter
-            and the name of the stage that trained it; `merge` measures there.
+        watch: told before and after each merge; `merge` measures there.
 
     Raises:
         InputError: if a part is missing or damaged, or the weights are not those that were trained on.
     """
     chain = _find_chain(context, item)
-    dtype = chain.storage_dtype if storage_dtype == "auto" else storage_dtype
+    dtype = chain.storage_dtype
     model, tokenizer = load_base(chain.base_folder, dtype)
     steps: list[AdapterStep] = []
     for link in chain.links:
         adapter = read_adapter(link.fetched.folder)
-        if before_adapter is not None:
-            before_adapter(model, tokenizer, adapter, link.name)
+        if watch is not None:
+            watch.before(model, tokenizer, adapter, link.name)
         lost = merge_into(model, adapter, torch_dtype(dtype))
+        if watch is not None:
+            watch.after(model, link.name)
         steps.append(AdapterStep(link.name, link.stage_type, link.fingerprint, link.fetched.digest, lost))
         if lost.ratio > LOST_PART_WARNING:
             context.log.warning("%s", lost_part_advice(link.name, lost, dtype))
     digest = weights_digest(stored_weights(model).items()) if steps else None
-    if chain.links and dtype == chain.storage_dtype:
+    if chain.links:
         _verify(chain.links[-1], digest)
+    precision = dtype if precision == "chain" else precision
     model.to(device=device, dtype=torch_dtype(precision))
     return Policy(
         model=model,
