@@ -21,8 +21,6 @@ ANSWER_SHOWN_MAX = 4000
 _ABBREVIATION = re.compile(
     r"\b(?:e\.g|i\.e|etc|vs|cf|approx|no|vol|fig|dr|mr|mrs|ms|prof|st|jr|sr|[a-z])\.$", re.IGNORECASE
 )
-    r"\b(?:e\.g|i\.e|etc|vs|cf|approx|no|vol|fig|dr|mr|mrs|ms|prof|st|jr|sr|[a-z])\.$", re.IGNORECASE
-)
 _BULLET = re.compile(r"^\s*(?:[-*•–]|\(?\d{1,3}[.)]|\(?[a-z][.)])\s+", re.IGNORECASE)
 _STOP = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)")
 

@@ -108,8 +108,8 @@ def load_policy(
     Args:
         context: of the stage.
         item: an external model or the output of a stage that yields a policy.
-        precision: `float32` or `bfloat16`, type of the weights in memory after merging in their storage type; or `chain`,
-            to keep that type.
+        precision: `float32` or `bfloat16`, type of the weights in memory after merging in their storage type; or
+            `chain`, to keep that type.
         device: where the weights go.
         watch: told before and after each merge; `merge` measures there.
 
