@@ -27,7 +27,7 @@ from plumbline_operator.policies.summary import TERMINAL_PHASES, outcomes_of
 from plumbline_operator.policies.suspension import is_queued_elsewhere
 from plumbline_operator.policies.twins import twin_of
 from plumbline_operator.policies.usage import held_gpu_seconds
-from plumbline_operator.snapshot import JobView, StopStage, SuspendStage
+from plumbline_operator.snapshot import JobView, StartStage, StopStage, SuspendStage
 from plumbline_operator.stageruns import finalize_run, output_uri, preflight_run, stage_run, start
 
 STAGE_ROLES = ("preflight", "stage", "collect")
@@ -115,7 +115,8 @@ def start_stages(draft: Draft) -> None:
         if not _may_start(draft, entry, attempts, index=index_of[name]):
             continue
         role = "collect" if entry.cached or _is_result_lost(entry, attempts) else "stage"
-        if role == "stage" and (twin := twin_of(draft.snapshot, name, fingerprints[name])) is not None:
+        twin = _starting_twin(draft, fingerprints[name]) or twin_of(draft.snapshot, name, fingerprints[name])
+        if role == "stage" and twin is not None:
             draft.update(name, reason="WaitingForTwin", message=f"{twin} computes the same work; its result is taken")
             draft.wakes.append(draft.now + timedelta(seconds=draft.settings.twin_poll_seconds))
             continue
@@ -132,6 +133,14 @@ def start_stages(draft: Draft) -> None:
                 role="collect" if role == "collect" else "stage",
             ),
         )
+
+
+def _starting_twin(draft: Draft, fingerprint: str) -> str | None:
+    """The stage that starts the same work in this very pass."""
+    for action in draft.actions:
+        if isinstance(action, StartStage) and action.run.role == "stage" and action.run.fingerprint == fingerprint:
+            return f"stage {action.run.stage} of this pipeline"
+    return None
 
 
 def wrap_up(draft: Draft) -> None:

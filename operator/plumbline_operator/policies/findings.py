@@ -10,6 +10,9 @@ from plumbline_api.record import RunRecord
 from plumbline_api.stagerun import StageResult
 from plumbline_api.status import InputPin
 
+DIGEST_BYTES = 32
+_REMEDY = "use the trainer image of the operator's release"
+
 
 @dataclass(frozen=True, slots=True)
 class Findings:
@@ -27,19 +30,21 @@ def read_findings(result: StageResult | None, record: RunRecord) -> Findings | s
     """
     found = result.preflight if result is not None else None
     if found is None:
-        return "the trainer's preflight returned no findings; use the trainer image of the operator's release"
+        return f"the trainer's preflight returned no findings; {_REMEDY}"
     names = [item.name for item in record.external_inputs]
     if len(found.digests) != len(names) or len(found.cached) != len(record.stages):
         return (
             f"the trainer's preflight returned {len(found.digests)} digests and {len(found.cached)} stages; the record "
-            f"has {len(names)} and {len(record.stages)}; use the trainer image of the operator's release"
+            f"has {len(names)} and {len(record.stages)}; {_REMEDY}"
         )
     try:
-        digests = [base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).hex() for text in found.digests]
-    except (binascii.Error, ValueError) as error:
-        return f"the trainer's preflight returned a digest that is not base64url: {error}"
+        digests = [base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)) for text in found.digests]
+    except (binascii.Error, ValueError):
+        digests = [b""]
+    if any(len(digest) != DIGEST_BYTES for digest in digests):
+        return f"the trainer's preflight returned a digest that is no SHA-256 in base64url; {_REMEDY}"
     return Findings(
-        pins=tuple(InputPin(name=name, digest=digest) for name, digest in zip(names, digests, strict=True)),
+        pins=tuple(InputPin(name=name, digest=digest.hex()) for name, digest in zip(names, digests, strict=True)),
         cached=frozenset(
             stage.name for stage, bit in zip(record.stages, found.cached, strict=True) if bit == "1" and stage.cache
         ),

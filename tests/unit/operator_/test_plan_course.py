@@ -23,7 +23,7 @@ def test_a_run_goes_from_preflight_through_its_stages_to_the_report():
     assert world.status.model.stage == "final"
     assert world.status.report == "s3://bucket/root/team-a/pipelines/support/u-1/report.html"
     assert len(world.starts) == 6
-    assert world.status.usage.gpu_hours == round(5 * 20 / 3600, 3)
+    assert world.status.usage.gpu_hours == round(2 * 20 / 3600, 3)
 
 
 def test_independent_stages_run_side_by_side():
