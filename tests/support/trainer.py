@@ -19,6 +19,7 @@ from plumbline_api.record import ExternalInput, PipelineIdentity, RunRecord, fin
 from plumbline_api.resolve import resolve
 from plumbline_api.stagerun import STAGE_ENV, TERMINATION_LOG_ENV, StageInput, StageResult, StageRun
 from plumbline_api.stages import STAGE_TYPES
+from plumbline_api.training import DEFAULT_LEARNING_RATES
 from plumbline_trainer.context import StageContext, StopSignal
 from plumbline_trainer.launcher import available_cpus
 from plumbline_trainer.progress import ProgressReporter
@@ -154,7 +155,7 @@ def launch(run: StageRun, folder: Path, timeout: float = 300, **extra: str) -> L
 
 def external(role: str, uri: str, *, name: str = "data", kind: str = "dataset", **settings: Any) -> StageInput:
     """An external input whose digest is not pinned; `settings` in wire form."""
-    return StageInput(role=role, name=name, kind=kind, uri=uri, settings=settings)  # type: ignore[arg-type]
+    return StageInput(role=role, name=name, kind=kind, uri=uri, settings=settings)
 
 
 def base_model(uri: str, role: str = "model") -> StageInput:
@@ -190,10 +191,16 @@ def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def parameters_of(model: Any, *, seed: int = 0, **resolved: Any) -> dict[str, Any]:
-    """Parameters as a record holds them: the model's wire form, the seed, and precision float32."""
-    found = model.to_wire() | {"seed": seed} | resolved
-    if "training" in found and found["training"].get("precision", "auto") == "auto":
-        found["training"]["precision"] = "float32"
+    """Parameters as a record holds them: the model's wire form, the seed, learning rate and precision resolved."""
+    found: dict[str, Any] = model.to_wire() | {"seed": seed} | resolved
+    training = found.get("training")
+    if training is not None:
+        if training.get("precision", "auto") == "auto":
+            training["precision"] = "float32"
+        with_lora, full = DEFAULT_LEARNING_RATES[type(model).__name__.lower()]
+        training.setdefault("learningRate", with_lora if "lora" in found else full)
+    if "lora" in found:
+        found["lora"].setdefault("alpha", 2.0 * found["lora"]["rank"])
     if found.get("precision") == "auto":
         found["precision"] = "float32"
     return found
@@ -240,7 +247,7 @@ class LocalPipeline:
                     StageInput(
                         role=ref.role,
                         name=producer.name,
-                        kind=STAGE_TYPES[producer.type].yields.value,  # type: ignore[arg-type]
+                        kind=STAGE_TYPES[producer.type].yields.value,
                         stage_type=producer.type,
                         fingerprint=found[producer.name],
                     )
@@ -259,7 +266,7 @@ class LocalPipeline:
                     )
                 )
         return StageRun(
-            role=role,  # type: ignore[arg-type]
+            role=role,
             pipeline=self.record.pipeline,
             stage=name,
             type=stage.type,

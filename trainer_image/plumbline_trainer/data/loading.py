@@ -21,15 +21,15 @@ def load_dataset(context: StageContext, item: StageInput) -> ParsedDataset:
     return parse_dataset(fetch_dataset(context, item), item.name, item.settings)
 
 
-def load_rows(context: StageContext, item: StageInput, split: Split, *, allow_empty: bool = False) -> list[Row]:
+def load_rows(context: StageContext, item: StageInput, split: Split) -> list[Row]:
     """The rows of one split of a dataset, in the order of its files.
 
     Raises:
-        InputError: if it cannot be read, has changed since preflight, or has no rows in this split.
+        InputError: if it cannot be read, has changed since preflight, or has no rows to train or test on (an evaluation split may be empty).
     """
     rows = load_dataset(context, item).rows
     chosen = [row for row in rows if split_of(row, item.settings) == split]
-    if not chosen and not allow_empty:
+    if not chosen and split != "evaluation":
         raise InputError(empty_split(item.name, split, rows, item.settings))
     return chosen
 
@@ -38,9 +38,11 @@ def empty_split(name: str, split: Split, rows: list[Row], settings: dict[str, ob
     """What to say about a split without rows."""
     counts = {kind: sum(split_of(row, settings) == kind for row in rows) for kind in SPLITS}
     there = ", ".join(f"{count:,} in {kind}" for kind, count in counts.items() if count)
-    remedy = (
-        "Lower datasets[].split.evaluation and test, or add rows"
-        if split == "train"
-        else f"Raise datasets[].split.{split}, add rows, or set datasets[].role to test if no stage trains on it"
-    )
-    return f'dataset "{name}" has no rows in its {split} split ({len(rows):,} rows: {there}). {remedy}'
+    return f'"{name}" has no rows in its {split} split ({len(rows):,} rows: {there}). {split_remedy(split)}'
+
+
+def split_remedy(split: str) -> str:
+    """What to do about a split without rows."""
+    if split == "train":
+        return "Lower datasets[].split.evaluation and test, or add rows"
+    return f"Raise datasets[].split.{split}, add rows, or set datasets[].role to test if no stage trains on it"

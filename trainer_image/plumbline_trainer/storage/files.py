@@ -150,7 +150,7 @@ def _explained(path: Path) -> Iterator[None]:
     """Turn what the operating system says into what a person should do."""
     try:
         yield
-    except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
+    except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
         raise InputError(
             f"{error.filename or path}: {(error.strerror or str(error)).lower()}. "
             "Check the path and that this user may read and write there",

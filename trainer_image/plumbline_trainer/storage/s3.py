@@ -50,10 +50,12 @@ DENIED = frozenset(
 )
 MISSING = frozenset({"NoSuchKey", "404", "NotFound"})
 CONFLICT_ATTEMPTS = 8
+CONFLICT_SECONDS = 0.1
+"""First wait before a conditional write that met another one under way is sent again; doubled each time."""
+MAX_ATTEMPTS = 6
 TRANSFER = TransferConfig(
     multipart_threshold=32 * 1024 * 1024, multipart_chunksize=16 * 1024 * 1024, max_concurrency=8, use_threads=True
 )
-SMALL_OBJECT = 64 * 1024 * 1024
 
 
 class S3Backend:
@@ -62,7 +64,7 @@ class S3Backend:
     def __init__(self, *, endpoint: str | None, region: str | None) -> None:
         self.endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         config = Config(
-            retries={"mode": "standard", "total_max_attempts": 6},
+            retries={"mode": "standard", "total_max_attempts": MAX_ATTEMPTS},
             connect_timeout=10,
             read_timeout=60,
             max_pool_connections=40,
@@ -104,7 +106,7 @@ class S3Backend:
                         code in ("ConditionalRequestConflict", "OperationAborted", "409")
                         and attempt + 1 < CONFLICT_ATTEMPTS
                     ):
-                        time.sleep(random.uniform(0, 0.1 * 2**attempt))
+                        time.sleep(random.uniform(0, CONFLICT_SECONDS * 2**attempt))
                         continue
                     raise
                 return True

@@ -1,0 +1,1 @@
+"""What preflight finds out before anything is asked of an accelerator."""

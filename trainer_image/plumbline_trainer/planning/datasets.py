@@ -1,0 +1,212 @@
+"""What preflight finds in a dataset: rows, splits, lengths, and prompts that stand in two places."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from plumbline_api.fingerprint import digest_of
+from plumbline_api.record import ExternalInput
+from plumbline_api.stagerun import StageInput
+
+from plumbline_trainer.data.encode import Method, encode_rows
+from plumbline_trainer.data.loading import load_dataset
+from plumbline_trainer.data.rows import Row
+from plumbline_trainer.data.splits import SPLITS, split_of
+from plumbline_trainer.storage import uris
+
+if TYPE_CHECKING:
+    from plumbline_trainer.context import StageContext
+    from plumbline_trainer.models.tokenizer import Tokenizer
+
+FINDINGS_VERSION = 1
+"""Raised when the same rows would be found otherwise."""
+MEASURED_ROWS = 20_000
+"""Rows whose tokens are counted at most; of more, evenly spread ones are taken."""
+QUANTILES = 100
+NO_LIMIT = 2**40
+
+
+@dataclass(frozen=True)
+class SplitFindings:
+    """One split of a dataset."""
+
+    rows: int
+    quantiles: list[int]
+    """Tokens of a row (prompt and longest answer) at 0 %, 1 %, … 100 %; empty without rows."""
+
+    def percentile(self, share: int) -> int:
+        """Tokens that so many percent of rows do not exceed."""
+        return self.quantiles[share] if self.quantiles else 0
+
+    def tokens(self, max_length: int) -> float:
+        """Tokens of all rows, each cut at `max_length`."""
+        if not self.quantiles:
+            return 0.0
+        return self.rows * sum(min(length, max_length) for length in self.quantiles) / len(self.quantiles)
+
+
+@dataclass(frozen=True)
+class DatasetFindings:
+    """A dataset."""
+
+    name: str
+    format: str
+    records: int
+    bad: int
+    bad_examples: list[str]
+    equal_pairs: int
+    splits: dict[str, SplitFindings]
+    groups: dict[str, list[str]]
+    """Normalised prompts by split: the first 16 hex digits of their hashes."""
+    examples: list[str]
+    """Rows with a remark, such as a prompt that the template does not keep as a prefix."""
+
+    @property
+    def rows(self) -> int:
+        """Usable rows."""
+        return sum(split.rows for split in self.splits.values())
+
+    def to_plan(self) -> dict[str, object]:
+        """For plan.json: without the prompts' hashes, with the usual percentiles."""
+        document = {key: value for key, value in asdict(self).items() if key != "groups"}
+        document["splits"] = {
+            name: {"rows": split.rows, "tokens": {f"p{share}": split.percentile(share) for share in (50, 90, 99, 100)}}
+            for name, split in self.splits.items()
+            if split.rows
+        }
+        return document
+
+
+def as_input(item: ExternalInput, digest: str) -> StageInput:
+    """The input as a stage would be given it."""
+    return StageInput(
+        role="dataset",
+        name=item.name.removeprefix("dataset/"),
+        kind="dataset",
+        uri=item.uri,
+        digest=digest,
+        settings=item.settings,
+    )
+
+
+def survey(
+    context: StageContext, item: ExternalInput, digest: str, model_digest: str, tokenizer: Tokenizer | None
+) -> DatasetFindings | None:
+    """What is in a dataset; from the cache where the same content was read with the same model.
+
+    Args:
+        context: of preflight.
+        item: the dataset.
+        digest: its pin.
+        model_digest: pin of the model whose tokenizer measures the rows.
+        tokenizer: of that model; None to look into the cache only.
+
+    Returns:
+        The findings; None if they are not in the cache and there is no tokenizer.
+
+    Raises:
+        InputError: if it cannot be read, or has more bad rows than allowed.
+    """
+    key = digest_of([digest, item.settings, model_digest, FINDINGS_VERSION])
+    place = uris.join(context.namespace_root, f"findings/dataset-{key[:32]}.json.gz")
+    known = _cached(context, place, item)
+    if known is not None or tokenizer is None:
+        return known
+    found = _survey(context, as_input(item, digest), tokenizer)
+    document = json.dumps(asdict(found), separators=(",", ":")).encode()
+    context.store.put_bytes(place, gzip.compress(document, compresslevel=3, mtime=0))
+    return found
+
+
+def _cached(context: StageContext, place: str, item: ExternalInput) -> DatasetFindings | None:
+    try:
+        document = json.loads(gzip.decompress(context.store.get_bytes(place)))
+        splits = {name: SplitFindings(**split) for name, split in document.pop("splits").items()}
+        name = item.name.removeprefix("dataset/")
+        return DatasetFindings(**{**document, "name": name, "splits": splits})
+    except (FileNotFoundError, OSError, ValueError, KeyError, TypeError, EOFError):
+        return None
+
+
+def _survey(context: StageContext, item: StageInput, tokenizer: Tokenizer) -> DatasetFindings:
+    parsed = load_dataset(context, item)
+    by_split: dict[str, list[Row]] = {name: [] for name in SPLITS}
+    for row in parsed.rows:
+        by_split[split_of(row, item.settings)].append(row)
+    method: Method = "preference" if parsed.format == "preference" else "completion"
+    splits, examples = {}, list[str]()
+    for name, rows in by_split.items():
+        lengths: list[int] = []
+        measured = _spread(rows, MEASURED_ROWS)
+        if measured:
+            encoded = encode_rows(measured, tokenizer, method=method, max_length=NO_LIMIT)
+            examples += encoded.examples
+            lengths = sorted(
+                len(row.prompt) + max((len(response.ids) for response in row.responses), default=0)
+                for row in encoded.rows
+            )
+        splits[name] = SplitFindings(len(rows), quantiles(lengths))
+    return DatasetFindings(
+        name=item.name,
+        format=parsed.format,
+        records=parsed.records,
+        bad=parsed.bad_count,
+        bad_examples=parsed.bad,
+        equal_pairs=parsed.equal_pairs,
+        splits=splits,
+        groups={name: sorted({row.group[:16] for row in rows}) for name, rows in by_split.items()},
+        examples=examples[:5],
+    )
+
+
+def _spread(rows: Sequence[Row], count: int) -> Sequence[Row]:
+    if len(rows) <= count:
+        return rows
+    return [rows[index * len(rows) // count] for index in range(count)]
+
+
+def quantiles(values: Sequence[int]) -> list[int]:
+    """The values at 0 %, 1 %, … 100 % of a sorted list (nearest rank)."""
+    if not values:
+        return []
+    return [
+        values[min(len(values) - 1, math.ceil(share * len(values) / QUANTILES) - (share > 0))] for share in range(101)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Leak:
+    """Prompts that are trained on in one dataset and tested on in another."""
+
+    trained: str
+    tested: str
+    count: int
+    of: int
+
+
+def find_leaks(
+    findings: Iterable[DatasetFindings], trained: Iterable[str], tested: Iterable[tuple[str, str]]
+) -> list[Leak]:
+    """Held-out prompts that stand in the training split of another dataset.
+
+    Args:
+        findings: of all datasets.
+        trained: names of the datasets that stages train on.
+        tested: name and split of what evaluations read.
+    """
+    by_name = {item.name: item for item in findings}
+    found = []
+    for name, split in dict.fromkeys(tested):
+        held_out = set(by_name[name].groups[split])
+        for other in dict.fromkeys(trained):
+            if (other, "train") == (name, split):
+                continue
+            common = len(held_out.intersection(by_name[other].groups["train"]))
+            if common:
+                found.append(Leak(other, name, common, len(held_out)))
+    return found

@@ -1,0 +1,119 @@
+"""What a stage will take: steps, tokens, memory and accelerator time. Estimates, and named so.
+
+Memory of a training rank, in bytes: frozen weights in the resolved precision, 16 per trainable parameter (float32 weight,
+gradient and two AdamW moments), activations of one micro-batch, and a constant for the runtime. Activations per token and
+layer: about 10 hidden vectors, the attention's projections and 3 vectors of the feed-forward width; with gradient
+checkpointing one hidden vector per layer and one layer in full. Logits are made in chunks and do not count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from plumbline_api.evaluation import Evaluate
+from plumbline_api.record import StageRecord
+from plumbline_api.training import Dpo, Pretrain, Sft, Training, TrainingStage
+
+from plumbline_trainer.engine.schedule import plan_steps
+from plumbline_trainer.planning.datasets import SplitFindings
+from plumbline_trainer.planning.facts import ModelFacts
+
+RUNTIME_BYTES = 800 * 2**20
+PARAMETER_MODELS: dict[str, type[TrainingStage]] = {"pretrain": Pretrain, "sft": Sft, "dpo": Dpo}
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a stage will take; None is unknown."""
+
+    steps: int | None = None
+    tokens: int | None = None
+    memory: int | None = None
+    """Bytes on one rank."""
+    gpu_hours: float | None = None
+
+
+def estimate(
+    stage: StageRecord, facts: ModelFacts, rows: SplitFindings | None, tokens_per_second: float | None
+) -> Estimate:
+    """Estimate one stage.
+
+    Args:
+        stage: its record.
+        facts: of the base model.
+        rows: its training rows; None for stages that do not train.
+        tokens_per_second: training tokens per second and accelerator at 1B parameters; None if the runtime does not say.
+    """
+    if stage.type not in PARAMETER_MODELS:
+        return Estimate(memory=_inference_memory(stage, facts))
+    model = PARAMETER_MODELS[stage.type]
+    parameters = model.model_validate({key: value for key, value in stage.parameters.items() if key != "seed"})
+    training = parameters.training
+    steps = tokens = gpu_hours = None
+    if rows is not None and rows.rows:
+        names = [str(number) for number in range(rows.rows)]
+        steps = plan_steps(
+            names, seed=0, global_batch=training.global_batch, epochs=training.epochs, max_steps=training.max_steps
+        ).steps
+        share = min(steps * training.global_batch / rows.rows, max(training.epochs, 1 / rows.rows))
+        tokens = round(rows.tokens(training.max_length) * share * (2 if stage.type == "dpo" else 1))
+        if tokens_per_second is not None and stage.resources.gpus_per_node:
+            rate = tokens_per_second * 1e9 / facts.parameters
+            gpu_hours = round(tokens / rate / 3600, 4)
+    return Estimate(steps, tokens, _training_memory(parameters, training, facts), gpu_hours)
+
+
+def lora_parameters(rank: int, targets: list[str] | None, facts: ModelFacts) -> int:
+    """Trainable parameters of an adapter: r · (in + out) per adapted layer."""
+    query, key_value = facts.heads * facts.head_size, facts.key_value_heads * facts.head_size
+    layers = {
+        "q_proj": facts.hidden + query,
+        "k_proj": facts.hidden + key_value,
+        "v_proj": facts.hidden + key_value,
+        "o_proj": query + facts.hidden,
+        "gate_proj": facts.hidden + facts.intermediate,
+        "up_proj": facts.hidden + facts.intermediate,
+        "down_proj": facts.hidden + facts.intermediate,
+    }
+    chosen = layers.values() if targets is None else [size for name, size in layers.items() if name in targets]
+    return rank * facts.layers * sum(chosen)
+
+
+def _training_memory(parameters: TrainingStage, training: Training, facts: ModelFacts) -> int:
+    width = 2 if training.precision == "bfloat16" else 4
+    if parameters.lora is not None:
+        trainable = lora_parameters(parameters.lora.rank, parameters.lora.targets, facts)
+        weights = facts.parameters * width + 16 * trainable
+    else:
+        weights = 16 * facts.parameters
+    layer = _activations_per_layer(facts)
+    per_token = facts.hidden * facts.layers + layer if training.gradient_checkpointing else layer * facts.layers
+    return round(RUNTIME_BYTES + weights + training.tokens_per_batch * per_token * width)
+
+
+def _activations_per_layer(facts: ModelFacts) -> int:
+    projections = (2 * facts.heads + 2 * facts.key_value_heads) * facts.head_size
+    return 10 * facts.hidden + projections + 3 * facts.intermediate
+
+
+def _inference_memory(stage: StageRecord, facts: ModelFacts) -> int:
+    if stage.type == "merge":
+        # The merged weights in their stored type, one matrix at a time in float64.
+        stored = 2 if facts.storage_dtype == "bfloat16" else 4
+        return round(
+            RUNTIME_BYTES + facts.parameters * stored + 3 * 8 * facts.hidden * max(facts.intermediate, facts.hidden)
+        )
+    evaluate = _evaluate(stage.parameters)
+    width = 2 if evaluate.precision == "bfloat16" else 4
+    per_token = 2 * _activations_per_layer(facts)
+    return round(RUNTIME_BYTES + facts.parameters * width + evaluate.tokens_per_batch * per_token * width)
+
+
+def _evaluate(parameters: dict[str, Any]) -> Evaluate:
+    return Evaluate.model_validate({key: value for key, value in parameters.items() if key != "seed"})
+
+
+def shown_bytes(count: int) -> str:
+    """Such as `1.6 GiB`."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -1,0 +1,157 @@
+"""What preflight knows about a model without its weights in memory."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plumbline_api.fingerprint import digest_of
+from plumbline_api.record import ExternalInput
+
+from plumbline_trainer.data.sources import bundled_model, fetch_model, model_objects
+from plumbline_trainer.errors import InputError
+from plumbline_trainer.storage import uris
+from plumbline_trainer.storage.manifests import read_json
+
+if TYPE_CHECKING:
+    from plumbline_trainer.context import StageContext
+    from plumbline_trainer.models.tokenizer import Tokenizer
+
+FACTS_VERSION = 1
+CACHE_FOLDER = "findings"
+_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Sizes of a model."""
+
+    architecture: str
+    parameters: int
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    key_value_heads: int
+    head_size: int
+    vocabulary: int
+    context_length: int | None
+    storage_dtype: str
+    has_chat_template: bool
+
+
+def model_facts(context: StageContext, item: ExternalInput, digest: str) -> ModelFacts:
+    """The sizes of a model; read once per content.
+
+    Raises:
+        InputError: if it is no model that can be trained here.
+    """
+    key = digest_of([digest, item.settings, FACTS_VERSION])
+    place = uris.join(context.namespace_root, f"{CACHE_FOLDER}/model-{key[:32]}.json")
+    known = read_json(context.store, place)
+    if isinstance(known, dict):
+        try:
+            return ModelFacts(**known)
+        except TypeError:
+            pass
+    facts = _read(context, item, digest)
+    context.store.put_bytes(place, json.dumps(asdict(facts), indent=1).encode())
+    return facts
+
+
+def local_tokenizer(context: StageContext, item: ExternalInput, digest: str) -> Tokenizer:
+    """The tokenizer of a model."""
+    from plumbline_trainer.models.loading import load_tokenizer
+
+    return load_tokenizer(small_files(context, item, digest))
+
+
+def small_files(context: StageContext, item: ExternalInput, digest: str) -> Path:
+    """Configuration and tokenizer of a model on this machine; of a mounted or GGUF model, all of it."""
+    if item.uri.startswith("bundled://"):
+        return bundled_model(item.uri)
+    if item.uri.startswith("hf://") or item.uri.endswith(".gguf") or uris.parse(item.uri).scheme == "file":
+        return fetch_model(context, item.uri, digest)
+    folder = context.scratch / "models" / f"small-{digest[:16]}"
+    for info in model_objects(context.store, item.uri):
+        name = uris.basename(info.uri)
+        if not name.endswith(".safetensors") and not (folder / name).exists():
+            context.store.get_file(info.uri, folder / name)
+    return folder
+
+
+def _read(context: StageContext, item: ExternalInput, digest: str) -> ModelFacts:
+    from plumbline_trainer.models.loading import load_config
+
+    path = small_files(context, item, digest)
+    config = load_config(path)
+    text = config.get_text_config()
+    tokenizer = local_tokenizer(context, item, digest)
+    if len(tokenizer.hf) > int(text.vocab_size):
+        raise InputError(
+            f"{item.uri}: its tokenizer has {len(tokenizer.hf):,} tokens, its config.json allows {text.vocab_size:,}. "
+            "The files do not belong together; copy the model again"
+        )
+    parameters, dtype = _weights(context, item, path)
+    declared = str(item.settings.get("storageDtype", "auto"))
+    hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
+    return ModelFacts(
+        architecture=str(config.model_type),
+        parameters=parameters,
+        layers=int(text.num_hidden_layers),
+        hidden=hidden,
+        intermediate=int(getattr(text, "intermediate_size", None) or 4 * hidden),
+        heads=heads,
+        key_value_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+        head_size=int(getattr(text, "head_dim", None) or hidden // heads),
+        vocabulary=int(text.vocab_size),
+        context_length=int(text.max_position_embeddings) if hasattr(text, "max_position_embeddings") else None,
+        storage_dtype=dtype if declared == "auto" else declared,
+        has_chat_template=tokenizer.template is not None,
+    )
+
+
+def _weights(context: StageContext, item: ExternalInput, path: Path) -> tuple[int, str]:
+    """Number of parameters, and the type in which weights are stored."""
+    if path.is_file():
+        return _gguf_parameters(path), "float32"
+    shards = sorted(path.glob("*.safetensors"))
+    if shards:
+        tensors = [entry for shard in shards for entry in _header(shard)]
+        types = {dtype for dtype, _ in tensors}
+        return sum(count for _, count in tensors), "bfloat16" if types == {"BF16"} else "float32"
+    # In a bucket: the size of the files tells the number closely enough.
+    size = sum(info.size for info in model_objects(context.store, item.uri) if info.uri.endswith(".safetensors"))
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return size // (2 if "16" in dtype else 4), "bfloat16" if dtype == "bfloat16" else "float32"
+
+
+def _header(shard: Path) -> list[tuple[str, int]]:
+    """Type and number of elements of every tensor, from the head of a safetensors file."""
+    try:
+        with shard.open("rb") as source:
+            (length,) = struct.unpack("<Q", source.read(8))
+            if length > 100_000_000:
+                raise ValueError("its header is too long")
+            header: dict[str, Any] = json.loads(source.read(length))
+        found = []
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                found.append((str(entry["dtype"]), (end - begin) // _BYTES.get(entry["dtype"], 4)))
+    except (struct.error, ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise InputError(f"{shard.name} is not a safetensors file ({error}). Copy the model again") from error
+    return found
+
+
+def _gguf_parameters(path: Path) -> int:
+    from plumbline_trainer.models.gguf import shared_reader
+
+    with shared_reader():
+        import gguf
+
+        return sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(str(path)).tensors)
