@@ -1,0 +1,115 @@
+"""Log-probabilities through the head: value, gradient, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from plumbline_trainer.engine import logprobs
+from plumbline_trainer.engine.logprobs import Head, token_log_probabilities
+
+N, D, V = 53, 16, 300
+
+
+def by_definition(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
+    logits = hidden @ head.weight.t()
+    if head.bias is not None:
+        logits = logits + head.bias
+    logits = logits * head.scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return torch.log_softmax(logits, -1).gather(1, targets[:, None]).squeeze(1)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_BYTES", 4 * V * 20)  # 20 tokens: two whole chunks and a rest
+
+
+def make(bias: bool, scale: float, softcap: float | None, *, trained: bool) -> tuple[torch.Tensor, torch.Tensor, Head]:
+    rng = torch.Generator().manual_seed(5)
+    hidden = torch.randn(N, D, generator=rng).requires_grad_()
+    weight = torch.randn(V, D, generator=rng).requires_grad_(trained)
+    offset = torch.randn(V, generator=rng).requires_grad_(trained) if bias else None
+    return hidden, torch.randint(V, (N,), generator=rng), Head(weight, offset, scale, softcap)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(
+    ("bias", "scale", "softcap"), [(False, 1.0, None), (True, 1.0, None), (True, 0.25, None), (True, 2.0, 5.0)]
+)
+def test_value_and_gradient(trained: bool, bias: bool, scale: float, softcap: float | None) -> None:
+    hidden, targets, head = make(bias, scale, softcap, trained=trained)
+    inputs = [t for t in (hidden, head.weight, head.bias) if t is not None and t.requires_grad]
+    factors = torch.randn(N, generator=torch.Generator().manual_seed(6))
+
+    found = token_log_probabilities(hidden, targets, head)
+    gradients = torch.autograd.grad((factors * found).sum(), inputs)
+
+    exact = [t.detach().double().requires_grad_(t.requires_grad) for t in (hidden, head.weight)]
+    exact_bias = None if head.bias is None else head.bias.detach().double().requires_grad_(head.bias.requires_grad)
+    expected = by_definition(exact[0], targets, Head(exact[1], exact_bias, scale, softcap))
+    wanted = torch.autograd.grad(
+        (factors.double() * expected).sum(), [t for t in (*exact, exact_bias) if t is not None and t.requires_grad]
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-5)
+    assert len(gradients) == len(wanted)
+    for gradient, want in zip(gradients, wanted, strict=True):
+        assert (gradient.double() - want).norm() <= 1e-5 * want.norm()
+
+
+def test_same_values_with_and_without_gradient() -> None:
+    hidden, targets, head = make(False, 1.0, None, trained=False)
+    with torch.no_grad():
+        scored = token_log_probabilities(hidden, targets, head)
+    torch.testing.assert_close(scored, token_log_probabilities(hidden, targets, head), rtol=0, atol=2e-6)
+
+
+def test_hopeless_tokens_stay_finite() -> None:
+    """A probability far below the smallest float must not become −inf."""
+    weight = torch.zeros(V, D)
+    weight[0, 0], weight[1, 0] = 1.0, -1.0
+    hidden = torch.zeros(1, D)
+    hidden[0, 0] = 100.0
+    hidden.requires_grad_()
+    found = token_log_probabilities(hidden, torch.tensor([1]), Head(weight))
+    assert found.item() == pytest.approx(-200.0)
+
+
+class _Largest(TorchDispatchMode):
+    """Records the largest floating-point result with the vocabulary as its last dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.ndim == 2 and tensor.shape[1] == V:
+                self.rows = max(self.rows, tensor.shape[0])
+        return result
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_no_full_logits_forward_or_backward(trained: bool) -> None:
+    hidden, targets, head = make(True, 1.0, 5.0, trained=trained)
+    with _Largest() as largest:
+        token_log_probabilities(hidden, targets, head).sum().backward()
+    assert 0 < largest.rows <= 20
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    hidden, targets, head = make(False, 1.0, None, trained=False)
+    token_log_probabilities(hidden, targets, head).sum().backward()
+    assert head.weight.grad is None
+    assert hidden.grad is not None
+
+
+def test_no_tokens() -> None:
+    _, _, head = make(False, 1.0, None, trained=False)
+    hidden = torch.zeros(0, D, requires_grad=True)
+    found = token_log_probabilities(hidden, torch.zeros(0, dtype=torch.long), head)
+    found.sum().backward()
+    assert found.shape == (0,)
