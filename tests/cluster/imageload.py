@@ -48,9 +48,18 @@ def load_image(state: ClusterState, name: str, reference: str) -> None:
                 except ClusterFailedError:
                     if last:
                         raise
+    listed = containerd_client(state, "images", "list")
+    if older := older_references(listed, reference):
+        containerd_client(state, "images", "remove", "--sync", *older)
+
+
+def older_references(listing: str, reference: str) -> list[str]:
+    """Names in the output of `ctr images list` under which earlier builds of an image are kept, kubelet's `sha256:…` names included."""
+    digests = {words[0]: words[2] for line in listing.splitlines()[1:] if len(words := line.split()) > 2}
     stem = reference.partition(":")[0] + ":"
-    if older := [other for other in present if other.startswith(stem) and other != reference]:
-        containerd_client(state, "images", "remove", *older)
+    kept = digests.get(reference)
+    outdated = {digest for name, digest in digests.items() if name.startswith(stem)} - {kept}
+    return [name for name, digest in digests.items() if digest in outdated]
 
 
 def export_layout(reference: str, layout: Path) -> None:

@@ -9,6 +9,7 @@ import psutil
 import pytest
 from cluster.binaries import PROGRAMS, Program, kubernetes_version, linker_flags
 from cluster.errors import ClusterFailedError, ClusterUnavailableError
+from cluster.imageload import older_references
 from cluster.images import RECIPES, Recipe, build_arguments, image_reference, recipe_inputs
 from cluster.lifecycle import bring_down, describe_environment, describe_status
 from cluster.packages import ensure_packages, missing_packages
@@ -181,3 +182,16 @@ def test_build_arguments(engine: str, tmp_path: Path, monkeypatch: pytest.Monkey
     assert "WITH_DEMO_MODEL=1" in arguments
     assert "BASE_IMAGE=base:1" in arguments
     assert ("--isolation" in arguments) == (engine == "buildah")
+
+
+def test_older_builds_are_found_under_every_name() -> None:
+    listing = """REF TYPE DIGEST SIZE PLATFORMS LABELS
+localhost/plumbline-trainer:old application/vnd.oci.image.manifest.v1+json sha256:1 6.2 GiB linux/amd64 managed
+sha256:config-of-old application/vnd.oci.image.manifest.v1+json sha256:1 6.2 GiB linux/amd64 managed
+localhost/plumbline-trainer:new application/vnd.oci.image.manifest.v1+json sha256:2 6.2 GiB linux/amd64 managed
+localhost/plumbline-trainer:same application/vnd.oci.image.manifest.v1+json sha256:2 6.2 GiB linux/amd64 managed
+sha256:config-of-new application/vnd.oci.image.manifest.v1+json sha256:2 6.2 GiB linux/amd64 managed
+localhost/plumbline-operator:old application/vnd.oci.image.manifest.v1+json sha256:3 0.3 GiB linux/amd64 managed
+"""
+    older = older_references(listing, "localhost/plumbline-trainer:new")
+    assert older == ["localhost/plumbline-trainer:old", "sha256:config-of-old"]
