@@ -263,6 +263,8 @@ def _syntax_finding(file: str, error: yaml.YAMLError) -> Finding:
         return Finding(file, None, Problem("", f"not YAML: {error}"))
     mark = error.problem_mark or error.context_mark
     words = " ".join(part for part in (error.context, error.problem) if part)
+    if error.context_mark is not None and mark is not None and error.context_mark.line != mark.line:
+        words = f"{error.context} (begun on line {error.context_mark.line + 1}) {error.problem}"
     remedy = ""
     if "'\\t'" in words:
         remedy = ". Indent with spaces, not with tabs"

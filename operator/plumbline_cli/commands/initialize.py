@@ -36,8 +36,8 @@ def init(
     present = [path for path in files if (folder / path).exists()]
     if present:
         raise CommandError(
-            f"{', '.join(str(folder / path) for path in present)} is there already and is left as it is; "
-            "name another folder: plumbline init FOLDER",
+            f"nothing was written, because files are there already: {', '.join(str(folder / path) for path in present)}. "
+            "Name another folder: plumbline init FOLDER",
             BAD_INPUT,
         )
     for path, text in files.items():

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from plumbline_api.stagerun import PROGRESS_FILE_ENV, STAGE_ENV, TERMINATION_LOG_ENV, StageRun
 
 from plumbline_cli.exits import BAD_INPUT, CommandError
-from plumbline_cli.local.process import TRAINER_COMMAND, StageProcess
+from plumbline_cli.local.process import StageProcess, trainer_command
 from plumbline_cli.local.state import JobFolder, RunFolder, replace_file
 
 PASSED_ON = re.compile(
@@ -50,10 +50,10 @@ class TrainerLauncher:
         self,
         folder: RunFolder,
         *,
-        command: Sequence[str] = TRAINER_COMMAND,
+        command: Sequence[str] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        self._folder, self._command = folder, command
+        self._folder, self._command = folder, trainer_command() if command is None else command
         self._environment = os.environ if environment is None else environment
 
     def __call__(self, run: StageRun, job: str) -> StageProcess:

@@ -12,7 +12,10 @@ from pathlib import Path
 
 from plumbline_cli.local import guard
 
-TRAINER_COMMAND = (sys.executable, "-m", "plumbline_trainer.launcher")
+
+def trainer_command() -> tuple[str, ...]:
+    """How the trainer is started: as a process, in this interpreter's environment; it is never imported here."""
+    return (sys.executable, "-m", "plumbline_trainer.launcher")
 
 
 class StageProcess:

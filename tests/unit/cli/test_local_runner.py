@@ -208,7 +208,10 @@ def test_one_run_at_a_time_in_one_storage(tmp_path):
     lock = tmp_path / "lock"
     with RunLock(lock, "demo"):
         assert is_locked(lock)
-        with pytest.raises(CommandError, match=rf"demo is being run already by process {os.getpid()}"), RunLock(lock, "demo"):
+        with (
+            pytest.raises(CommandError, match=rf"demo is being run already by process {os.getpid()}"),
+            RunLock(lock, "demo"),
+        ):
             pass
     assert not is_locked(lock)
 
