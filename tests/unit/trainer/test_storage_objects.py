@@ -175,7 +175,7 @@ def test_a_server_that_is_not_there_is_transient(credentials: None, monkeypatch:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     store = ObjectStore(endpoint="http://127.0.0.1:9")
     monkeypatch.setattr("plumbline_trainer.storage.s3.MAX_ATTEMPTS", 1)
-    with pytest.raises(TransientError, match="127.0.0.1:9") as caught:
+    with pytest.raises(TransientError, match=r"127\.0\.0\.1:9") as caught:
         store.get_bytes("s3://bucket/x")
     assert caught.value.reason == "StorageUnavailable"
 

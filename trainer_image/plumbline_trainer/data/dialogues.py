@@ -18,8 +18,10 @@ def parse_dialogue(text: str) -> tuple[Message, ...]:
     Turns are stripped of white space around them; turns of one role in a row are joined by a line break.
     """
     marks = list(_MARK.finditer(text))
+    if not marks:
+        return ()
     turns: list[Message] = []
-    if preamble := text[: marks[0].start()].strip() if marks else "":
+    if preamble := text[: marks[0].start()].strip():
         turns.append(Message("system", preamble))
     for mark, following in zip(marks, [*marks[1:], None], strict=True):
         role = _ROLES[(mark.group(1) or mark.group(2)).lower()]

@@ -103,8 +103,10 @@ def detect_format(files: Iterable[SourceFile], name: str, columns: Mapping[str, 
     Raises:
         InputError: if they fit no format; the columns are named.
     """
+    first_fault = ""
     for record in _records(files):
         if record.value is None:
+            first_fault = first_fault or f" ({record.where}: {record.problem})"
             continue
         present = {key for key in record.value if record.value[key] is not None}
         for format_, required in REQUIRED.items():
@@ -117,7 +119,7 @@ def detect_format(files: Iterable[SourceFile], name: str, columns: Mapping[str, 
             f'dataset "{name}" ({record.where}): the columns ({shown}) fit no format. Map them with '
             f"datasets[].columns, such as columns: {{prompt: question}}. Formats and their fields: {known}"
         )
-    raise InputError(f'dataset "{name}" has no readable rows. Check datasets[].source')
+    raise InputError(f'dataset "{name}" has no readable rows{first_fault}. Check datasets[].source')
 
 
 def parse_record(record: Record, format_: str, columns: Mapping[str, str]) -> Row:

@@ -25,7 +25,8 @@ def load_rows(context: StageContext, item: StageInput, split: Split) -> list[Row
     """The rows of one split of a dataset, in the order of its files.
 
     Raises:
-        InputError: if it cannot be read, has changed since preflight, or has no rows to train or test on (an evaluation split may be empty).
+        InputError: if it cannot be read, has changed since preflight, or has no rows to train or test on. An evaluation
+            split may be empty.
     """
     rows = load_dataset(context, item).rows
     chosen = [row for row in rows if split_of(row, item.settings) == split]

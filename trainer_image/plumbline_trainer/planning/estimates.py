@@ -1,9 +1,9 @@
 """What a stage will take: steps, tokens, memory and accelerator time. Estimates, and named so.
 
-Memory of a training rank, in bytes: frozen weights in the resolved precision, 16 per trainable parameter (float32 weight,
-gradient and two AdamW moments), activations of one micro-batch, and a constant for the runtime. Activations per token and
-layer: about 10 hidden vectors, the attention's projections and 3 vectors of the feed-forward width; with gradient
-checkpointing one hidden vector per layer and one layer in full. Logits are made in chunks and do not count.
+Memory of a training rank, in bytes: frozen weights in the resolved precision, 16 per trainable parameter (float32
+weight, gradient and two AdamW moments), activations of one micro-batch, and a constant for the runtime. Activations per
+token and layer: about 10 hidden vectors, the attention's projections and 3 vectors of the feed-forward width; with
+gradient checkpointing one hidden vector per layer and one layer in full. Logits are made in chunks and do not count.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def estimate(
         stage: its record.
         facts: of the base model.
         rows: its training rows; None for stages that do not train.
-        tokens_per_second: training tokens per second and accelerator at 1B parameters; None if the runtime does not say.
+        tokens_per_second: training tokens per second and accelerator at 1B parameters; None if nobody says.
     """
     if stage.type not in PARAMETER_MODELS:
         return Estimate(memory=_inference_memory(stage, facts))

@@ -1,0 +1,289 @@
+"""Raw records to rows: every format, every file type, and what is said about bad rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plumbline_trainer.data.dialogues import common_text, parse_dialogue
+from plumbline_trainer.data.formats import OPTIONAL, REQUIRED, BadRowError, parse_dataset, parse_record
+from plumbline_trainer.data.records import Record, SourceFile
+from plumbline_trainer.data.rows import Row
+from plumbline_trainer.errors import InputError
+
+PREFS = [{"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(3)]
+
+
+def files(tmp_path: Path, content: str | bytes, name: str = "data.jsonl") -> list[SourceFile]:
+    path = tmp_path / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return [SourceFile(f"s3://corpus/{name}", path)]
+
+
+def lines(*rows: Any) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def turns(row: Row) -> list[tuple[str, str]]:
+    return [(m.role, m.content) for m in (*row.prompt, *row.responses[0].messages)]
+
+
+@pytest.mark.parametrize(
+    ("record", "format_", "expected"),
+    [
+        ({"text": "plain words"}, "text", [("text", "plain words")]),
+        ({"instruction": "Do", "output": "Done"}, "instruction", [("user", "Do"), ("assistant", "Done")]),
+        (
+            {"instruction": "Add", "input": "1 2", "output": "3"},
+            "instruction",
+            [("user", "Add\n\n1 2"), ("assistant", "3")],
+        ),
+        (
+            {"instruction": "Do", "input": "", "output": "Done"},
+            "instruction",
+            [("user", "Do"), ("assistant", "Done")],
+        ),
+        ({"context": "Q", "response": "A"}, "contextResponse", [("user", "Q"), ("assistant", "A")]),
+        ({"prompt": "Q", "completion": "A"}, "promptCompletion", [("user", "Q"), ("assistant", "A")]),
+        (
+            {"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}], "completion": "A"},
+            "promptCompletion",
+            [("system", "S"), ("user", "Q"), ("assistant", "A")],
+        ),
+        (
+            {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
+            "messages",
+            [("user", "Q"), ("assistant", "A")],
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, {"role": "assistant", "content": "A"}]},
+            "messages",
+            [("user", "Q"), ("assistant", "A")],
+        ),
+        ({"dialogue": "USER: Q ASSISTANT: A"}, "dialogue", [("user", "Q"), ("assistant", "A")]),
+        ({"text": "USER: Q\nASSISTANT: A"}, "dialogue", [("user", "Q"), ("assistant", "A")]),
+        ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "preference", [("user", "Q"), ("assistant", "A")]),
+    ],
+)  # fmt: skip
+def test_each_format_is_detected_and_parsed(
+    tmp_path: Path, record: dict[str, Any], format_: str, expected: list[tuple[str, str]]
+) -> None:
+    found = parse_dataset(files(tmp_path, lines(record)), "d", {"format": "auto"})
+    assert found.format == format_
+    assert turns(found.rows[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt", "answers"),
+    [
+        ("USER: Q ASSISTANT: A", "USER: Q ASSISTANT: B", [("user", "Q")], ("A", "B")),
+        (
+            "USER: Q ASSISTANT: R USER: S ASSISTANT: A",
+            "USER: Q ASSISTANT: R USER: S ASSISTANT: B",
+            [("user", "Q"), ("assistant", "R"), ("user", "S")],
+            ("A", "B"),
+        ),
+        (
+            "Question: why?\nBecause.",
+            "Question: why?\nNo idea.",
+            [("user", "Question: why?")],
+            ("Because.", "No idea."),
+        ),
+        ("It is four", "It is five", [("user", "It is")], ("four", "five")),
+    ],
+)
+def test_preference_rows_without_a_prompt_share_their_beginning(
+    tmp_path: Path, chosen: str, rejected: str, prompt: list[tuple[str, str]], answers: tuple[str, str]
+) -> None:
+    row = parse_dataset(files(tmp_path, lines({"chosen": chosen, "rejected": rejected})), "d", {}).rows[0]
+    assert [(m.role, m.content) for m in row.prompt] == prompt
+    assert tuple(r.text for r in row.responses) == answers
+    assert [r.label for r in row.responses] == ["chosen", "rejected"]
+
+
+def test_answers_given_as_messages_may_repeat_the_prompt(tmp_path: Path) -> None:
+    question = {"role": "user", "content": "Q"}
+    row = {
+        "prompt": "Q",
+        "chosen": [question, {"role": "assistant", "content": "A"}],
+        "rejected": [question, {"role": "assistant", "content": "B"}],
+    }
+    without = {key: value for key, value in row.items() if key != "prompt"}
+    for record in (row, without):
+        parsed = parse_dataset(files(tmp_path, lines(record)), "d", {}).rows[0]
+        assert [m.content for m in parsed.prompt] == ["Q"]
+        assert [len(r.messages) for r in parsed.responses] == [1, 1]
+
+
+def test_every_file_type_yields_the_same_rows(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_pylist(PREFS)
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    written = {
+        "a.jsonl": lines(*PREFS).encode(),
+        "bom.jsonl": b"\xef\xbb\xbf" + lines(*PREFS).encode(),
+        "b.json": json.dumps(PREFS).encode(),
+        "wrapped.json": json.dumps({"version": 1, "data": PREFS}).encode(),
+        "c.csv": b"prompt,chosen,rejected\r\n"
+        + b"".join(f"{r['prompt']},{r['chosen']},{r['rejected']}\r\n".encode() for r in PREFS),
+        "d.parquet": (tmp_path / "x.parquet").read_bytes(),
+    }
+    rows = [parse_dataset(files(tmp_path, data, name), "d", {}).rows for name, data in written.items()]
+    identities = [[(row.id, row.group) for row in found] for found in rows]
+    assert all(found == identities[0] for found in identities)
+    assert len(identities[0]) == 3
+
+
+def test_text_files_are_paragraphs_with_their_lines(tmp_path: Path) -> None:
+    content = "First\nparagraph.\n\n\nSecond.\r\n  \r\nThird.\n"
+    rows = parse_dataset(files(tmp_path, content, "a.txt"), "d", {}).rows
+    assert [row.responses[0].text for row in rows] == ["First\nparagraph.", "Second.", "Third."]
+    assert [row.source for row in rows] == [f"s3://corpus/a.txt line {n}" for n in (1, 5, 7)]
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ({"prompt": "p", "chosen": 7, "rejected": "b"}, '"chosen" is a number, text expected'),
+        ({"prompt": "p", "chosen": "a"}, 'no column "rejected"; the columns are: chosen, prompt'),
+        ({"prompt": "p", "chosen": "", "rejected": "b"}, '"chosen" is empty'),
+        ({"prompt": None, "chosen": "xy", "rejected": "zw"}, "share no beginning"),
+        (["a"], "a list, an object with named fields expected"),
+        ({"prompt": "p", "chosen": [{"role": "human", "content": "x"}], "rejected": "b"}, 'is "human"; roles are'),
+        (
+            {"prompt": "p", "chosen": [{"role": "user", "content": "x"}], "rejected": "b"},
+            "begins with a turn of the user",
+        ),
+        ({"prompt": {}, "chosen": "a", "rejected": "b"}, '"prompt" is an object'),
+    ],
+)
+def test_bad_rows_name_file_line_fault_and_remedy(tmp_path: Path, bad: Any, said: str) -> None:
+    content = lines(*PREFS, bad, *PREFS)
+    with pytest.raises(InputError) as caught:
+        parse_dataset(files(tmp_path, content, "prefs.jsonl"), "prefs", {"format": "preference"})
+    text = str(caught.value)
+    assert text.startswith("s3://corpus/prefs.jsonl line 4: ")
+    assert said in text
+    assert text.endswith("(1 bad row of 7; allow some with datasets[].maxBadRows)")
+
+
+def test_broken_json_names_its_line_and_is_counted(tmp_path: Path) -> None:
+    content = lines(PREFS[0]) + '{"prompt": \n' + "\n" + "{\n" + lines(PREFS[1])
+    with pytest.raises(InputError, match=r"line 2: not JSON \(.*2 bad rows of 4"):
+        parse_dataset(files(tmp_path, content), "d", {})
+    with pytest.raises(InputError, match="2 bad rows of 4, 1 allowed"):
+        parse_dataset(files(tmp_path, content), "d", {"maxBadRows": 1})
+    found = parse_dataset(files(tmp_path, content), "d", {"maxBadRows": 2})
+    assert (len(found.rows), found.bad_count) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b'{"text": "\xff"}', "not UTF-8"),
+        ("a.json", b'{"text": "x"}\n{"text": "y"}', "name the file .jsonl"),
+        ("a.json", b'{"text": "x"', "not JSON"),
+        ("a.json", b'"text"', "a list of objects expected"),
+        ("a.csv", b"a,b\n1,2,3\n", "3 cells, the header has 2"),
+        ("a.csv", b"a,b\n1\n", "1 cells, the header has 2"),
+        ("a.csv", b'text\n"open', "not CSV"),
+        ("a.parquet", b"PAR1 is not enough", "not a readable Parquet file"),
+        ("a.txt", b"\xff", "line 1: not UTF-8"),
+        ("a.jsonl", b"", "no readable rows"),
+        ("a.jsonl", b"\n\n", "no readable rows"),
+        ("a.bin", b"x", "the suffix says how rows are stored"),
+        ("a.jsonl", b'{"question": "q", "answer": "a"}', "columns (answer, question) fit no format"),
+    ],
+)
+def test_unreadable_files_say_what_is_wrong(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_dataset(files(tmp_path, content, name), "d", {"format": "auto" if ".csv" not in name else "text"})
+    assert said in str(caught.value)
+
+
+def test_columns_are_mapped_and_checked(tmp_path: Path) -> None:
+    content = lines({"q": "Q", "good": "A", "bad": "B", "w": "0.5"})
+    columns = {"prompt": "q", "chosen": "good", "rejected": "bad", "weight": "w"}
+    row = parse_dataset(files(tmp_path, content), "d", {"columns": columns}).rows[0]
+    assert (row.prompt[0].content, row.chosen.text, row.weight) == ("Q", "A", 0.5)
+    with pytest.raises(InputError, match='names a field "promt"'):
+        parse_dataset(files(tmp_path, content), "d", {"format": "preference", "columns": {"promt": "q"}})
+    with pytest.raises(InputError, match='no column "better"; the columns are: bad, good, q, w'):
+        parse_dataset(files(tmp_path, content), "d", {"format": "preference", "columns": {"chosen": "better"}})
+
+
+def test_limit_counts_records_and_equal_rows_keep_names_of_their_own(tmp_path: Path) -> None:
+    content = lines({"text": "same"}, {"text": "same"}, {"text": "other"})
+    found = parse_dataset(files(tmp_path, content), "d", {"limit": 2})
+    assert found.records == 2
+    assert found.rows[1].id == f"{found.rows[0].id}-2"
+
+
+def test_pairs_with_equal_answers_are_counted(tmp_path: Path) -> None:
+    content = lines(*PREFS, {"prompt": "p", "chosen": "same", "rejected": "same"})
+    assert parse_dataset(files(tmp_path, content), "d", {}).equal_pairs == 1
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "type", "text"]), inner)
+    ),
+    max_leaves=8,
+)
+
+
+def _records_of(format_: str) -> st.SearchStrategy[tuple[str, dict[str, Any]]]:
+    """Records with the fields of a format, of which some are wrong."""
+    names = [*REQUIRED[format_], *OPTIONAL.get(format_, ())]
+    values = st.one_of(st.text(max_size=12), st.sampled_from(["USER: a ASSISTANT: b", "USER: a"]), JSON)
+    return st.dictionaries(st.sampled_from(names), values, min_size=1).map(lambda value: (format_, value))
+
+
+@given(st.sampled_from(list(REQUIRED)).flatmap(_records_of))
+def test_any_record_is_a_row_or_a_named_fault(given_record: tuple[str, dict[str, Any]]) -> None:
+    format_, value = given_record
+    try:
+        row = parse_record(Record("f line 1", value), format_, {})
+    except BadRowError as error:
+        fault = str(error)
+    else:
+        fault = None
+    if fault is not None:
+        assert fault != ""
+        return
+    assert row.responses
+    assert row.is_text == (format_ == "text")
+    assert all(turn.messages for turn in row.responses)
+    if not row.is_text:
+        assert any(message.role == "user" for message in row.prompt)
+        assert all(r.messages[-1].role == "assistant" for r in row.responses)
+
+
+WORDS = st.text(alphabet="abc d\n", min_size=1, max_size=12).map(str.strip).filter(bool)
+
+
+@given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4))
+def test_dialogues_come_back_turn_by_turn(pairs: list[tuple[str, str]]) -> None:
+    for joint in ("\n", " ", "\n\n"):
+        text = joint.join(f"USER: {question}{joint}ASSISTANT: {answer}" for question, answer in pairs)
+        found = [(turn.role, turn.content) for turn in parse_dialogue(text)]
+        assert found == [turn for q, a in pairs for turn in (("user", q), ("assistant", a))]
+
+
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_the_common_text_begins_both(some: str, others: str) -> None:
+    shared = common_text(some, others)
+    assert some.startswith(shared)
+    assert others.startswith(shared)
+
+
+def test_words_that_only_look_like_turns_are_text() -> None:
+    found = parse_dialogue("USER: what does the user: field mean?\nASSISTANT: It names the user: you.")
+    assert [turn.role for turn in found] == ["user", "assistant"]
+    assert parse_dialogue("A preamble. USER: hi ASSISTANT: ho")[0].role == "system"
