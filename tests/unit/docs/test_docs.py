@@ -121,5 +121,6 @@ def test_every_value_of_the_chart_that_the_pages_set_exists() -> None:
         for path in re.findall(r"--set ([A-Za-z.]+)=", page.read_text()):
             part = values
             for key in path.split("."):
-                assert isinstance(part, dict) and (key in part or part == {}), f"{name_of(page)}: {path}"
+                assert isinstance(part, dict), f"{name_of(page)}: {path}"
+                assert key in part or part == {}, f"{name_of(page)}: {path}"
                 part = part.get(key, {})
