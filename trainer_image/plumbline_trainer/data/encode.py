@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Literal
 
 from plumbline_trainer.data.rows import Message, Response, Row
@@ -130,16 +130,16 @@ def encode_rows(rows: Iterable[Row], tokenizer: Tokenizer, *, method: Method, ma
     render, source = Renderer(tokenizer), iter(rows)
     while batch := list(islice(source, BATCH)):
         given += len(batch)
-        texts = [row for row in batch if row.is_text]
-        for row, encoded in zip(texts, _text_ids(texts, tokenizer), strict=True):
-            _add_text(found, row, encoded, max_length)
-        dialogues = [row for row in batch if not row.is_text]
-        if dialogues and method == "text":
-            raise InputError(f"{dialogues[0].source}: raw text is needed, the row is a dialogue")
-        if method == "prompt":
-            _add_prompts(found, dialogues, tokenizer, render, max_length)
-        else:
-            _add_dialogues(found, dialogues, tokenizer, render, method, max_length)
+        for is_text, group in groupby(batch, key=lambda row: row.is_text):
+            some = list(group)
+            if is_text:
+                _add_texts(found, some, tokenizer, max_length)
+            elif method == "text":
+                raise InputError(f"{some[0].source}: raw text is needed, the row is a dialogue")
+            elif method == "prompt":
+                _add_prompts(found, some, tokenizer, render, max_length)
+            else:
+                _add_dialogues(found, some, tokenizer, render, method, max_length)
     if given and not found.rows:
         raise InputError(
             f"none of {given:,} rows has a token left to learn from within {max_length} tokens "
@@ -160,21 +160,20 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     return [list(ids) for ids in tokenizer.hf(list(texts), add_special_tokens=False)["input_ids"]]
 
 
-def _text_ids(rows: Sequence[Row], tokenizer: Tokenizer) -> list[list[int]]:
-    if not rows:
-        return []
+def _add_texts(found: EncodedRows, rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> None:
     begin = [tokenizer.bos_id] if begins_with_bos(tokenizer) and tokenizer.bos_id is not None else []
     end = tokenizer.hf.eos_token_id
     end = tokenizer.end_tokens[0] if end is None else int(end)
-    return [[*begin, *ids, end] for ids in tokenize(tokenizer, [row.responses[0].text for row in rows])]
+    for row, ids in zip(rows, tokenize(tokenizer, [row.responses[0].text for row in rows]), strict=True):
+        _add_text(found, row, [*begin, *ids, end], max_length)
 
 
 def _add_text(found: EncodedRows, row: Row, ids: list[int], max_length: int) -> None:
     """Documents longer than a sequence go on in the next one: nothing is lost but the label of each first token."""
     pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
-    if len(pieces) > 1 and len(pieces[-1]) < 2:
-        pieces.pop()  # a last piece of one token has no label
-    if len(ids) < 2:
+    if len(pieces[-1]) < 2:
+        pieces.pop()  # one token alone has no label
+    if not pieces:
         found.dropped += 1
         return
     found.split += len(pieces) > 1
