@@ -45,6 +45,7 @@ def model_view(source: Path, into: Path) -> Path:
     into.mkdir(parents=True, exist_ok=True)
     _write(into / "config.json", config)
     for shard in shards:
+        safetensors_header(shard)
         (into / shard.name).symlink_to(shard.resolve())
     if (source / WEIGHTS_INDEX).is_file() and not (source / WEIGHTS).is_file():
         (into / WEIGHTS_INDEX).symlink_to((source / WEIGHTS_INDEX).resolve())

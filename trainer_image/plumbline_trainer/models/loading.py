@@ -128,6 +128,7 @@ def _config(view: Path, name: str) -> Any:
 
 
 def _load_folder(view: Path, dtype: str, name: str) -> Any:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     config = _config(view, name)
@@ -142,7 +143,7 @@ def _load_folder(view: Path, dtype: str, name: str) -> Any:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"{name}: the weights do not load: {_first_line(error)}. Copy the model again") from error
     missing = sorted(info["missing_keys"])
     if missing:
