@@ -5,6 +5,7 @@ the first build of everything takes about 15 minutes (Kubernetes 8, the rest und
 """
 
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -104,9 +105,14 @@ def build_program(program: Program) -> Path:
     if go is None:
         raise ClusterUnavailableError(
             f"the Go toolchain that builds {program.name} is not on PATH",
-            "install Go 1.24 or newer and put it on PATH",
+            "install Go 1.21 or newer (it fetches the release that the modules ask for) and put it on PATH",
         )
     version = subprocess.run([go, "env", "GOVERSION", "GOOS", "GOARCH"], capture_output=True, text=True, check=True)
+    found = re.match(r"go1\.(\d+)", version.stdout)
+    if found and int(found[1]) < 21:
+        raise ClusterUnavailableError(
+            f"{go} is {version.stdout.split()[0]}, too old to build {program.name}", "install Go 1.21 or newer"
+        )
     flags = linker_flags(program)
     key = content_key([version.stdout, flags, program.package, *program.links], program.sources())
     folder = cache_root() / "bin" / f"{program.name}-{key}"

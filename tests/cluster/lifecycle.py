@@ -13,8 +13,17 @@ from cluster.network import BRIDGE, bridge_exists, create_network, remove_networ
 from cluster.node import start_node
 from cluster.objectstore import ObjectStore, start_object_store
 from cluster.packages import NODE_PACKAGES, ensure_packages, ensure_root
-from cluster.places import CACHE_VARIABLE, STATE_VARIABLE, cache_root, load_owner, locked, remove_owner, write_owner
-from cluster.state import ClusterState, load_state
+from cluster.places import (
+    CACHE_VARIABLE,
+    STATE_VARIABLE,
+    cache_root,
+    load_owner,
+    locked,
+    remove_owner,
+    sessions_root,
+    write_owner,
+)
+from cluster.state import ClusterState, ProcessRecord, load_state
 from cluster.teardown import remove_node, remove_state_folder
 
 CONTROL_PLANE = "control-plane"
@@ -22,10 +31,16 @@ NODE = "node"
 KIND = "kind"
 
 
-def bring_up(folder: Path, control_plane_only: bool = False, images: str = "all", own: bool = False) -> ClusterState:
+def bring_up(
+    folder: Path,
+    control_plane_only: bool = False,
+    images: str = "all",
+    own: bool = False,
+    keeper: ProcessRecord | None = None,
+) -> ClusterState:
     """Start a cluster in a state folder, or what is missing of the one there. A second call changes nothing.
 
-    `images` is none, operator or all. Raises ClusterUnavailableError with the remedy where this machine cannot run it.
+    `images` is none, operator or all. With a `keeper` the cluster may be taken down by anybody once that process is gone. Raises ClusterUnavailableError with the remedy where this machine cannot run it.
     """
     state = load_state(folder)
     kind = CONTROL_PLANE if control_plane_only else KIND if not own and kind_is_usable() else NODE
@@ -34,7 +49,7 @@ def bring_up(folder: Path, control_plane_only: bool = False, images: str = "all"
             f"{folder} holds a cluster of kind {state.kind!r}, wanted is {kind!r}: run `python -m cluster --state {folder} down` first"
         )
     if state is None:
-        state = ClusterState(folder=folder, kind=kind)
+        state = ClusterState(folder=folder, kind=kind, keeper=keeper)
     if state.kind == CONTROL_PLANE:
         _ensure_control_plane(state, "127.0.0.1")
         return state
@@ -70,13 +85,16 @@ def _ensure_node(state: ClusterState) -> None:
         find_program(name)
     with locked(cache_root() / "node.lock"):
         owner = load_owner()
-        if owner not in (None, state.folder) and (load_state(owner) is not None or bridge_exists()):
+        if owner and (holder := load_state(owner)) and holder.abandoned():
+            bring_down(owner)
+            owner = None
+        if owner not in (None, state.folder) and load_state(owner) is not None:
             raise ClusterFailedError(
                 f"this machine's one node belongs to the cluster in {owner}: `python -m cluster --state {owner} down` first"
             )
-        if owner is None and bridge_exists():
+        if owner != state.folder and bridge_exists():
             raise ClusterFailedError(
-                f"a network device {BRIDGE} that we did not make is in the way: `ip link delete {BRIDGE}`"
+                f"a network device {BRIDGE} that no recorded cluster owns is in the way: `ip link delete {BRIDGE}`"
             )
         write_owner(state.folder)
     address = create_network(state)
@@ -102,6 +120,14 @@ def bring_down(folder: Path) -> None:
     remove_state_folder(folder)
     if load_owner() == folder:
         remove_owner()
+
+
+def remove_abandoned() -> None:
+    """Take down the clusters of test sessions that died without doing so."""
+    for file in sessions_root().glob("*/state.json"):
+        state = load_state(file.parent)
+        if state and state.abandoned():
+            bring_down(state.folder)
 
 
 def environment(state: ClusterState) -> dict[str, str]:

@@ -14,6 +14,7 @@ from cluster.packages import find_program_of_system
 from cluster.state import ClusterState
 
 BRIDGE = "plumbline0"
+TABLE = "plumbline-test"
 CNI_NETWORK = "plumbline-test"
 POD_SUBNETS = ("10.244.0.0/24", "10.245.0.0/24", "172.31.244.0/24", "192.168.244.0/24")
 FORWARDING = "net/ipv4/ip_forward"
@@ -67,6 +68,17 @@ def run_tool(*command: str, check: bool = True) -> str:
     return done.stdout
 
 
+def isolation_rules() -> str:
+    """nftables script: what pods send to anywhere but the bridge is refused at once, so that nothing of a test leaves the machine."""
+    return f"""table inet {TABLE} {{
+    chain forward {{
+        type filter hook forward priority filter; policy accept;
+        iifname "{BRIDGE}" oifname != "{BRIDGE}" reject
+    }}
+}}
+"""
+
+
 def bridge_exists() -> bool:
     return Path(f"/sys/class/net/{BRIDGE}").exists()
 
@@ -87,6 +99,9 @@ def create_network(state: ClusterState) -> str:
     run_tool("ip", "link", "add", BRIDGE, "type", "bridge")
     run_tool("ip", "address", "add", f"{address}/{ipaddress.ip_network(subnet).prefixlen}", "dev", BRIDGE)
     run_tool("ip", "link", "set", BRIDGE, "up")
+    rules = state.folder / "isolation.nft"
+    rules.write_text(isolation_rules())
+    run_tool("nft", "--file", str(rules))
     for setting in (FORWARDING, BRIDGE_FILTER):
         if setting in state.network:
             (Path("/proc/sys") / setting).write_text("1")
@@ -97,8 +112,8 @@ def remove_network(state: ClusterState) -> None:
     """Undo `create_network` and remove the tables of kube-proxy and the CNI plug-in's notes."""
     if not state.network:
         return
-    for family in ("ip", "ip6"):
-        run_tool("nft", "delete", "table", family, "kube-proxy", check=False)
+    for family, table in (("ip", "kube-proxy"), ("ip6", "kube-proxy"), ("inet", TABLE)):
+        run_tool("nft", "delete", "table", family, table, check=False)
     if bridge_exists():
         run_tool("ip", "link", "delete", BRIDGE)
     for setting in (FORWARDING, BRIDGE_FILTER):

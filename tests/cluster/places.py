@@ -25,6 +25,11 @@ def default_state_dir() -> Path:
     return Path(override).expanduser().resolve() if override else REPOSITORY / ".cluster"
 
 
+def sessions_root() -> Path:
+    """Folder of the clusters that test sessions start for themselves, one state folder each."""
+    return cache_root() / "sessions"
+
+
 def content_key(parts: Iterable[str | bytes], files: Iterable[Path] = (), relative_to: Path = REPOSITORY) -> str:
     """Hash of texts and files (path and content, in path order) that names a cached output; 16 hexadecimal digits."""
     digest = hashlib.sha256()

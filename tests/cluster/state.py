@@ -46,6 +46,11 @@ class ClusterState:
     network: dict[str, str] = field(default_factory=dict)
     object_store: dict[str, str] = field(default_factory=dict)
     images: dict[str, str] = field(default_factory=dict)
+    keeper: ProcessRecord | None = None
+
+    def abandoned(self) -> bool:
+        """Whether the cluster belongs to a test session that died without taking it down."""
+        return self.keeper is not None and self.keeper.process() is None
 
     @property
     def file(self) -> Path:
@@ -139,7 +144,15 @@ def load_state(folder: Path) -> ClusterState | None:
             f"{path} was written by another version: remove the folder after stopping its processes"
         )
     records = [ProcessRecord(**record) for record in document.pop("processes")]
-    return ClusterState(folder=folder, processes=records, **document)
+    keeper = document.pop("keeper", None)
+    return ClusterState(
+        folder=folder, processes=records, keeper=ProcessRecord(**keeper) if keeper else None, **document
+    )
+
+
+def record_of_this_process(name: str) -> ProcessRecord:
+    """The calling process as a record, to be put down as a cluster's keeper."""
+    return ProcessRecord(name, os.getpid(), psutil.Process().create_time())
 
 
 def wait_until(

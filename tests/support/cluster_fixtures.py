@@ -20,12 +20,13 @@ import pytest
 from cluster.binaries import find_program
 from cluster.certificates import Authority, write_kubeconfig
 from cluster.errors import ClusterUnavailableError
-from cluster.lifecycle import bring_down, bring_up
+from cluster.lifecycle import bring_down, bring_up, remove_abandoned
 from cluster.objectstore import ObjectStore, start_object_store
-from cluster.places import STATE_VARIABLE
-from cluster.state import ClusterState, load_state
+from cluster.places import STATE_VARIABLE, sessions_root
+from cluster.state import ClusterState, load_state, record_of_this_process
 
-NAMESPACE_GONE_SECONDS = 90.0
+NAMESPACE_EMPTY_SECONDS = 90.0
+FINALIZER_PATIENCE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,12 @@ class RealCluster(ControlPlane):
     def busybox_image(self) -> str:
         return self.state.images["busybox"]
 
+    def set_capacity(self, resource: str, count: int) -> None:
+        """Give the node an extended resource such as nvidia.com/gpu: scheduling and quotas are then real, the device is not."""
+        patch = json.dumps({"status": {"capacity": {resource: str(count)}}})
+        for node in self.get("nodes")["items"]:
+            self.kubectl("patch", "node", node["metadata"]["name"], "--subresource=status", "--type=merge", "-p", patch)
+
     def helm(self, *arguments: str, check: bool = True, timeout: float = 300) -> str:
         """Run helm as administrator and return its output."""
         return _run([str(find_program("helm")), f"--kubeconfig={self.kubeconfig}", *arguments], None, check, timeout)
@@ -122,15 +129,21 @@ def _running_state() -> ClusterState | None:
     return state
 
 
+def _session_folder(name: str) -> Path:
+    """State folder of a cluster that lives as long as this session; those of sessions that died are taken down first."""
+    remove_abandoned()
+    return sessions_root() / f"{name}-{os.getpid()}-{secrets.token_hex(3)}"
+
+
 @pytest.fixture(scope="session")
-def control_plane(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+def control_plane() -> Iterator[ControlPlane]:
     """API server and controllers for the whole session; each xdist worker has its own."""
     if state := _running_state():
         yield ControlPlane(state)
         return
-    folder = tmp_path_factory.mktemp("control-plane")
+    folder = _session_folder("control-plane")
     try:
-        state = bring_up(folder, control_plane_only=True)
+        state = bring_up(folder, control_plane_only=True, keeper=record_of_this_process("pytest"))
         yield ControlPlane(state)
     except ClusterUnavailableError as error:
         pytest.skip(str(error))
@@ -138,7 +151,7 @@ def control_plane(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
         bring_down(folder)
 
 
-def _real(images: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealCluster]:
+def _real(images: str) -> Iterator[RealCluster]:
     if os.environ.get("PYTEST_XDIST_WORKER"):
         pytest.fail("tests on the real node share one machine-wide node: run them without `-n`")
     if state := _running_state():
@@ -146,9 +159,9 @@ def _real(images: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rea
             pytest.fail(f"{STATE_VARIABLE} names a cluster without a node: start one with `python -m cluster up`")
         yield RealCluster(bring_up(state.folder, images=images, own=state.kind != "kind"))
         return
-    folder = tmp_path_factory.mktemp("real-cluster")
+    folder = _session_folder("real-cluster")
     try:
-        yield RealCluster(bring_up(folder, images=images))
+        yield RealCluster(bring_up(folder, images=images, keeper=record_of_this_process("pytest")))
     except ClusterUnavailableError as error:
         pytest.skip(str(error))
     finally:
@@ -156,9 +169,9 @@ def _real(images: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rea
 
 
 @pytest.fixture(scope="session")
-def real_node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealCluster]:
+def real_node() -> Iterator[RealCluster]:
     """A cluster that runs pods, with a busybox image and S3; our own images may or may not be there."""
-    yield from _real("none", tmp_path_factory)
+    yield from _real("none")
 
 
 @pytest.fixture(scope="session")
@@ -171,15 +184,16 @@ def real_cluster(real_node: RealCluster) -> RealCluster:
 
 
 @pytest.fixture(scope="session")
-def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+def object_store() -> Iterator[ObjectStore]:
     """A real S3 server with an empty bucket, on loopback."""
-    state = ClusterState(tmp_path_factory.mktemp("object-store"), kind="object-store")
+    keeper = record_of_this_process("pytest")
+    state = ClusterState(_session_folder("object-store"), kind="object-store", keeper=keeper)
     try:
         yield start_object_store(state)
     except ClusterUnavailableError as error:
         pytest.skip(str(error))
     finally:
-        state.stop()
+        bring_down(state.folder)
 
 
 @pytest.fixture
@@ -204,32 +218,25 @@ def namespace(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def delete_namespace(cluster: ControlPlane, name: str) -> None:
-    """Delete a namespace, pods at once; finalizers that nobody is left to remove are stripped, so that the next test is not blocked."""
+    """Delete a namespace and wait until nothing in it can act on another test: no object of ours, no Job, no pod.
+
+    The empty shell goes by itself (Kubernetes takes five seconds before it looks at a deleted namespace). Finalizers of our own objects
+    that nobody is left to remove are stripped after a while.
+    """
     cluster.kubectl("delete", "namespace", name, "--wait=false", "--ignore-not-found")
-    cluster.kubectl("delete", "pods", "--all", "-n", name, "--grace-period=1", "--wait=false", check=False)
-    deadline = time.monotonic() + NAMESPACE_GONE_SECONDS
-    while True:
-        try:
-            cluster.kubectl("wait", "--for=delete", f"namespace/{name}", "--timeout=5s", timeout=30)
-            return
-        except AssertionError:
-            if time.monotonic() > deadline:
-                raise
-            strip_finalizers(cluster, name)
-
-
-def strip_finalizers(cluster: ControlPlane, namespace: str) -> None:
-    """Remove the finalizers of every object in a namespace that is being deleted."""
-    kinds = cluster.kubectl("api-resources", "--namespaced", "--verbs=list,patch", "-o", "name").split()
-    listed = cluster.kubectl("get", ",".join(kinds), "-n", namespace, "-o", "json", "--ignore-not-found", check=False)
-    if not listed.startswith("{"):
-        return
-    for item in json.loads(listed)["items"]:
-        metadata = item["metadata"]
-        if metadata.get("finalizers") and metadata.get("deletionTimestamp") and item["kind"] != "Pod":
-            group = item["apiVersion"].split("/")[0] if "/" in item["apiVersion"] else ""
-            resource = f"{item['kind'].lower()}.{group}" if group else item["kind"].lower()
+    ours = cluster.kubectl("api-resources", "--api-group=plumbline.dev", "--namespaced", "-o", "name").split()
+    for kinds in (ours, ["jobs.batch", "pods"]):
+        if kinds:
             cluster.kubectl(
-                "patch", resource, metadata["name"], "-n", namespace, "--type=merge",
-                "-p", '{"metadata":{"finalizers":null}}', check=False,
-            )  # fmt: skip
+                "delete", ",".join(kinds), "--all", "-n", name, "--grace-period=1", "--wait=false", check=False
+            )
+    kinds = ",".join([*ours, "jobs.batch", "pods"])
+    begun = time.monotonic()
+    while left := cluster.kubectl("get", kinds, "-n", name, "-o", "name", "--ignore-not-found").split():
+        waited = time.monotonic() - begun
+        assert waited < NAMESPACE_EMPTY_SECONDS, f"namespace {name} still holds {', '.join(left)}"
+        if waited > FINALIZER_PATIENCE_SECONDS:
+            for item in left:
+                if not item.startswith("pod/"):
+                    patch = '{"metadata":{"finalizers":null}}'
+                    cluster.kubectl("patch", item, "-n", name, "--type=merge", "-p", patch, check=False)

@@ -14,7 +14,7 @@ from cluster.images import RECIPES, Recipe, build_arguments, image_reference, re
 from cluster.lifecycle import bring_down, describe_environment, describe_status
 from cluster.packages import ensure_packages, missing_packages
 from cluster.places import REPOSITORY, cache_root, content_key
-from cluster.state import ClusterState, ProcessRecord, load_state, wait_until
+from cluster.state import ClusterState, ProcessRecord, load_state, record_of_this_process, wait_until
 from cluster.teardown import mounts_below
 
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -72,6 +72,17 @@ def test_a_process_that_took_over_the_number_is_left_alone(state: ClusterState) 
         assert impostor.process("mine") is None
     finally:
         state.stop()
+
+
+def test_a_cluster_is_abandoned_once_its_keeper_is_gone(state: ClusterState) -> None:
+    assert not state.abandoned()
+    state.keeper = record_of_this_process("pytest")
+    state.save()
+    loaded = load_state(state.folder)
+    assert loaded is not None
+    assert not loaded.abandoned()
+    loaded.keeper = ProcessRecord("pytest", state.keeper.pid, state.keeper.started - 100)
+    assert loaded.abandoned()
 
 
 def test_start_is_idempotent(state: ClusterState) -> None:
