@@ -74,6 +74,7 @@ seccompProfile: {type: RuntimeDefault}
 {{/* A pod that runs one of files/scripts; its account stands beside it. */}}
 {{- define "plumbline.scriptPod" -}}
 automountServiceAccountToken: true
+enableServiceLinks: false
 {{- with .Values.operator.imagePullSecrets }}
 imagePullSecrets:
   {{- toYaml . | nindent 2 }}

@@ -3,14 +3,17 @@
 import json
 import shutil
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
 from cluster.binaries import find_program
 from cluster.errors import ClusterUnavailableError
 from plumbline_api.runtime import AlignmentRuntime
+from plumbline_operator.configuration import OperatorSettings
 from support.podsecurity import find_violations
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -149,6 +152,35 @@ def test_pod_security_check_finds_what_the_standard_forbids() -> None:
         ],
     }
     assert len(find_violations(pod)) == 10
+
+
+def test_service_offers_every_port_that_the_test_pod_asks(helm: str) -> None:
+    objects = render(helm)
+    ports = {port["port"]: port["targetPort"] for port in one(objects, "Service")["spec"]["ports"]}
+    container = one(objects, "Deployment")["spec"]["template"]["spec"]["containers"][0]
+    assert set(ports.values()) == {port["name"] for port in container["ports"]}
+    for variable in one(objects, "Pod")["spec"]["containers"][0]["env"]:
+        address = urlsplit(variable["value"])
+        assert address.hostname == "here-plumbline.system.svc"
+        assert (address.port or 443) in ports
+
+
+def test_operator_knows_every_variable_that_the_chart_sets(helm: str) -> None:
+    container = one(render(helm, "operator.progressTlsSecretName=tls"), "Deployment")["spec"]["template"]["spec"][
+        "containers"
+    ][0]
+    given = {item["name"]: item.get("value", "from-the-pod") for item in container["env"]}
+    known = {f"PLUMBLINE_{field.name.upper()}" for field in fields(OperatorSettings)}
+    assert set(given) <= known
+    settings = OperatorSettings.from_environment(given)
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {
+        "progress": settings.progress_port,
+        "metrics": settings.metrics_port,
+        "health": settings.health_port,
+    }
+    assert settings.progress_base_url == "https://here-plumbline.from-the-pod.svc"
+    assert str(settings.tls_folder) in {mount["mountPath"] for mount in container["volumeMounts"]}
 
 
 def test_one_replica_is_recreated_and_probed(helm: str) -> None:
