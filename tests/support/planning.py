@@ -213,6 +213,8 @@ class World:
             if action.job in self.jobs:
                 self.change(action.job, deleting=True)
         elif isinstance(action, SuspendStage):
+            if action.job not in self.jobs:
+                return False
             self.change(action.job, suspended=action.suspend)
         elif isinstance(action, DeletePipeline):
             self.is_deleted = True
