@@ -144,6 +144,12 @@ def attention_of(model: PreTrainedModel, implementation: str) -> Iterator[None]:
             config._attn_implementation = name
 
 
+def choose_attention(model: PreTrainedModel, implementation: str) -> None:
+    """Run a model with another attention implementation from now on."""
+    for config in _attention_configs(model):
+        config._attn_implementation = implementation
+
+
 def _attention_configs(model: PreTrainedModel) -> list[Any]:
     """Every configuration object that a layer of the model asks for its attention implementation."""
     found: dict[int, Any] = {}

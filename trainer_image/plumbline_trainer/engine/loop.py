@@ -131,23 +131,28 @@ class TrainingRun:
         raise Interrupted(self.state.step)
 
     def figures(self) -> dict[str, float]:
-        """Figures at the end: means over the last steps, evaluations, totals."""
+        """Figures at the end, at most 15: means over the last steps, evaluations, totals."""
         recent = self.state.recent
-        names = recent[-1] if recent else {}
-        figures = {name: sum(item[name] for item in recent) / len(recent) for name in names}
-        figures.pop("learningRate", None)
-        figures.update(self.state.latest)
-        if self.state.start:
-            figures["evalLossStart"] = self.state.start["evalLoss"]
-            figures["evalLossBest"] = self.state.best["evalLoss"]
-            figures["evalLossBestStep"] = self.state.best["step"]
-        figures.update(
-            steps=float(self.state.step),
-            epochs=round(self.plan.epoch(self.state.step), 4),
-            tokens=float(self.state.tokens),
-            plainPath=float(self.state.path == "plain"),
-        )
-        return figures
+        means = {name: sum(item[name] for item in recent) / len(recent) for name in (recent[-1] if recent else {})}
+        latest, start, best = self.state.latest, self.state.start, self.state.best
+        known = {
+            "loss": means.get("loss"),
+            "evalLoss": latest.get("evalLoss"),
+            "evalLossStart": start.get("evalLoss"),
+            "evalLossBest": best.get("evalLoss"),
+            "evalLossBestStep": best.get("step"),
+            "rewardAccuracy": means.get("rewardAccuracy"),
+            "rewardMargin": means.get("rewardMargin"),
+            "evalRewardAccuracy": latest.get("evalRewardAccuracy"),
+            "evalRewardMargin": latest.get("evalRewardMargin"),
+            "steps": float(self.state.step),
+            "epochs": round(self.plan.epoch(self.state.step), 4),
+            "tokens": float(self.state.tokens),
+            "tokensPerSecond": means.get("tokensPerSecond"),
+            "gradientNorm": means.get("gradientNorm"),
+            "plainPath": float(self.state.path == "plain"),
+        }
+        return {name: value for name, value in known.items() if value is not None}
 
     def _take_step(self, objective: Objective) -> None:
         started, step = time.monotonic(), self.state.step

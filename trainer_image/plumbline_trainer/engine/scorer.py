@@ -13,11 +13,13 @@ from plumbline_trainer.engine.attention import (
     SEGMENTS,
     FastPathError,
     attention_of,
+    choose_attention,
     plain_implementation,
     register,
 )
 from plumbline_trainer.engine.logprobs import head_of, token_log_probabilities
 from plumbline_trainer.engine.packing import PackedBatch
+from plumbline_trainer.errors import InputError
 
 Path = Literal["fast", "plain"]
 """fast: packed, prompts shared, head in chunks. plain: one forward of the whole model per response."""
@@ -59,7 +61,7 @@ class Scorer(nn.Module):
         head = head_of(model)
         if head is None:
             raise FastPathError("the output head is not a plain linear layer")
-        with attention_of(model, SEGMENTS):
+        with self._attention(SEGMENTS):
             outputs = model.get_decoder()(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
@@ -72,7 +74,7 @@ class Scorer(nn.Module):
     def _plain(self, batch: PackedBatch) -> Tensor:
         model = self.model
         parts: list[Tensor] = []
-        with attention_of(model, plain_implementation(model)):
+        with self._attention(plain_implementation(model)):
             for answer in batch.answers:
                 if not answer.offsets:
                     continue
@@ -83,6 +85,13 @@ class Scorer(nn.Module):
                 scores = torch.log_softmax(logits[places - 1].float(), dim=-1)
                 parts.append(scores.gather(1, ids[0, places][:, None]).squeeze(1))
         return torch.cat(parts) if parts else torch.zeros(0, device=batch.input_ids.device)
+
+    def _attention(self, implementation: str) -> AbstractContextManager[object]:
+        if self.model.is_activation_checkpointing and torch.is_grad_enabled():
+            # Layers run again in the backward pass, after this context: the choice has to stay.
+            choose_attention(self.model, implementation)
+            return nullcontext()
+        return attention_of(self.model, implementation)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.precision != "bfloat16":
@@ -113,8 +122,12 @@ def prepare_modes(scorer: Scorer, *, adapter_dropout: bool, gradient_checkpointi
             if isinstance(module, nn.Dropout) and ".lora_dropout." in f".{name}.":
                 module.train()
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
+        if not model.supports_gradient_checkpointing:
+            raise InputError(
+                f"training.gradientCheckpointing: {type(model).__name__} cannot recompute activations; set it to false "
+                "and lower training.tokensPerBatch instead"
+            )
+        model.activation_checkpointing_enable({"use_reentrant": False})
         for module in model.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.training = True  # the flag of the layer alone: its dropout stays off
