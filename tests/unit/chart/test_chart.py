@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -40,13 +41,19 @@ def run_helm(helm: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([helm, *arguments], capture_output=True, text=True, timeout=60)
 
 
-def render(helm: str, *values: str, arguments: tuple[str, ...] = ()) -> Objects:
-    """Every object of the chart, hooks and tests included."""
+@cache
+def rendered(helm: str, values: tuple[str, ...], arguments: tuple[str, ...]) -> str:
     sets = [word for value in values for word in ("--set", value)]
     command = ["template", "here", str(CHART), "--namespace", "system", "--kube-version", KUBERNETES, *sets, *arguments]
     done = run_helm(helm, *command)
     assert done.returncode == 0, done.stderr
-    return [document for document in yaml.safe_load_all(done.stdout) if document]
+    return done.stdout
+
+
+def render(helm: str, *values: str, arguments: tuple[str, ...] = ()) -> Objects:
+    """Every object of the chart, hooks and tests included."""
+    documents = yaml.load_all(rendered(helm, values, arguments), Loader=yaml.CSafeLoader)
+    return [document for document in documents if document]
 
 
 def refusal(helm: str, *values: str) -> str:
