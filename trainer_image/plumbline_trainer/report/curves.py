@@ -1,0 +1,138 @@
+"""Curves of a training stage as inline SVG. Colours are the page's own variables, so that they follow light and dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from plumbline_trainer.report.facts import Point, series
+
+# Matplotlib writes colours as numbers; these stand for the page's variables and are replaced in its output.
+_INK, _GRID, _FIRST, _SECOND = "#010203", "#010204", "#010205", "#010206"
+_VARIABLES = {_INK: "var(--soft)", _GRID: "var(--line)", _FIRST: "var(--blue)", _SECOND: "var(--orange)"}
+_SMOOTH_FROM = 60
+"""Steps from which a line is drawn smoothed above its points."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: a training figure and what was held out beside it."""
+
+    title: str
+    training: str
+    held_out: str | None = None
+    reference: float | None = None
+    """A level to compare with, such as ½ for an accuracy."""
+
+
+PANELS: dict[str, tuple[Panel, ...]] = {
+    "pretrain": (Panel("Loss per token", "loss", "evalLoss"), Panel("Learning rate", "learningRate")),
+    "sft": (Panel("Loss per token", "loss", "evalLoss"), Panel("Learning rate", "learningRate")),
+    "dpo": (
+        Panel("Loss", "loss", "evalLoss", 0.6931471805599453),
+        Panel("Chosen preferred to rejected", "rewardAccuracy", "evalRewardAccuracy", 0.5),
+        Panel("Margin of the implicit reward", "rewardMargin", "evalRewardMargin", 0.0),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawn plot."""
+
+    title: str
+    svg: str
+    summary: str
+    """In words, for people who do not see it."""
+
+
+def draw_curves(stage: str, stage_type: str, points: Sequence[Point]) -> list[Figure]:
+    """Every plot that a stage's figures allow; none where it reported fewer than two steps."""
+    figures = []
+    for panel in PANELS.get(stage_type, ()):
+        steps, values = series(points, panel.training)
+        if len(steps) >= 2:
+            held_out = series(points, panel.held_out) if panel.held_out is not None else ([], [])
+            svg = _draw(panel, steps, values, held_out, name=f"{stage}-{panel.training}")
+            figures.append(Figure(panel.title, svg, _summary(panel, steps, values, held_out)))
+    return figures
+
+
+def _draw(
+    panel: Panel, steps: Sequence[int], values: Sequence[float], held_out: tuple[list[int], list[float]], *, name: str
+) -> str:
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib.figure import Figure as Canvas
+    from matplotlib.ticker import MaxNLocator
+
+    settings = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "axes.edgecolor": _GRID,
+        "axes.labelcolor": _INK,
+        "text.color": _INK,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with mpl.rc_context(settings):
+        canvas = Canvas(figsize=(4.6, 2.5), layout="constrained")
+        axes = canvas.subplots()
+        axes.grid(axis="y", color=_GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        if panel.reference is not None:
+            axes.axhline(panel.reference, color=_INK, linewidth=0.9, dashes=(3, 3))
+        smooth = len(values) >= _SMOOTH_FROM
+        axes.plot(steps, values, color=_FIRST, linewidth=1.6, alpha=0.3 if smooth else 1.0)
+        if smooth:
+            axes.plot(steps, smoothed(values), color=_FIRST, linewidth=2.0)
+        if len(held_out[0]) > 0:
+            axes.plot(*held_out, color=_SECOND, linewidth=1.6, marker="o", markersize=5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.set_xlabel("optimizer step")
+        axes.margins(x=0.02)
+        buffer = io.StringIO()
+        canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Type": None})
+    return _inline(buffer.getvalue(), name)
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """A centred mean over a tenth of the steps."""
+    half = max(1, len(values) // 20)
+    return [
+        sum(window) / len(window)
+        for index in range(len(values))
+        if (window := values[max(0, index - half) : index + half + 1])
+    ]
+
+
+def _inline(svg: str, name: str) -> str:
+    """Only the element, with the page's colours and identifiers of its own."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    prefix = re.sub(r"[^a-zA-Z0-9]", "-", name)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
+    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", svg)
+    svg = re.sub(r'xlink:href="#([^"]+)"', rf'xlink:href="#{prefix}-\1"', svg)
+    svg = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", svg, count=1)
+    svg = re.sub(r'(<svg [^>]*?)width="[^"]*"', r"\1", svg, count=1)
+    return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
+
+
+def _summary(
+    panel: Panel, steps: Sequence[int], values: Sequence[float], held_out: tuple[list[int], list[float]]
+) -> str:
+    text = f"{panel.title}: {values[0]:.3g} at step {steps[0]}, {values[-1]:.3g} at step {steps[-1]}"
+    if len(held_out[0]) > 1:
+        return f"{text}; on held-out rows {held_out[1][0]:.3g}, then {held_out[1][-1]:.3g}"
+    return f"{text}; on held-out rows {held_out[1][0]:.3g}" if held_out[0] else text

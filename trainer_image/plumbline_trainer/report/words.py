@@ -1,0 +1,141 @@
+"""Sentences and numbers as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from plumbline_trainer.report.facts import RunFacts
+from plumbline_trainer.report.figures import Finding, Value
+
+PHASE_WORDS = {
+    "Succeeded": "done",
+    "Failed": "failed",
+    "Skipped": "skipped",
+    "Pending": "not started",
+    "Queued": "not started",
+    "Running": "stopped",
+    "Suspended": "suspended",
+}
+
+
+def verdict(facts: RunFacts, findings: Sequence[Finding]) -> tuple[str, str]:
+    """Whether it worked, in one sentence, and its tone: `good`, `bad` or `open`."""
+    if facts.failures:
+        first = facts.failures[0]
+        done = sum(stage.succeeded for stage in facts.stages)
+        if first.reason == "GateFailed":
+            return f"It was stopped at a gate: stage {first.name} did not reach what was asked of it.", "bad"
+        return f"It did not finish: {first.name} failed after {done} of {len(facts.stages)} stages were done.", "bad"
+    if not facts.succeeded:
+        missing = [stage.name for stage in facts.stages if not stage.succeeded]
+        return f"It did not finish: {', '.join(missing)} did not run to the end.", "bad"
+    if not findings:
+        return "It ran to the end, but nothing was measured: the pipeline has no evaluation.", "open"
+    return _judged(findings)
+
+
+def _judged(findings: Sequence[Finding]) -> tuple[str, str]:
+    main = findings[0]
+    better = [finding for finding in findings if finding.direction == "better"]
+    worse = [finding for finding in findings if finding.direction == "worse"]
+    said = describe(main)
+    if main.in_sample:
+        said += f" But the {' and '.join(main.in_sample)} took part in training: this flatters it."
+    others = [finding for finding in worse if finding is not main]
+    if main.direction == "better":
+        price = f" At a price: {_list([f.label for f in others])} got worse." if others else ""
+        return f"It worked. {said}{price}", "open" if others or main.in_sample else "good"
+    if main.direction == "worse":
+        gain = f" {_list([f.label for f in better]).capitalize()} got better." if better else ""
+        return f"It made things worse. {said}{gain}", "bad"
+    if better and not worse:
+        return f"It worked in part: {_list([f.label for f in better])} got better. {said}", "open"
+    if worse:
+        return f"It did not help: {_list([f.label for f in worse])} got worse. {said}", "bad"
+    return f"It ran to the end, with no clear effect. {said}", "open"
+
+
+def describe(finding: Finding) -> str:
+    """A finding as a sentence with its interval."""
+    low, high = finding.value.lower, finding.value.upper
+    if finding.kind == "winRate":
+        rule = " by the rule" if finding.judge is not None and finding.judge.startswith("rule") else ""
+        clear = "" if finding.direction != "unclear" else " That is no clear difference."
+        return (
+            f"{finding.policy.capitalize()}’s answers win {percent(finding.value.value)} of the comparisons with "
+            f"{finding.baseline}{rule} ({level(finding.confidence)} interval {percent(low)} to {percent(high)}).{clear}"
+        )
+    before = "" if finding.baseline_value is None else f"{shown(finding, finding.baseline_value)} before, "
+    what = "It prefers the better answer in" if finding.kind == "preferenceAccuracy" else "Perplexity is"
+    unit = " of the held-out pairs" if finding.kind == "preferenceAccuracy" else ""
+    clear = "" if finding.direction != "unclear" else " That is no clear change."
+    interval = f"{level(finding.confidence)} interval {interval_text(finding)}"
+    return f"{what} {shown(finding, finding.value)}{unit} ({before}{interval}).{clear}"
+
+
+def interval_text(finding: Finding) -> str:
+    """The limits of a finding's interval."""
+    low, high = finding.value.lower, finding.value.upper
+    if low is None or high is None:
+        return "unknown"
+    return f"{shown(finding, Value(low))} to {shown(finding, Value(high))}"
+
+
+def shown(finding: Finding, value: Value) -> str:
+    """A figure in the unit of its kind."""
+    return number(value.value) if finding.kind == "perplexity" else percent(value.value)
+
+
+def percent(value: float | None) -> str:
+    """A share, such as `71 %`."""
+    return "unknown" if value is None else f"{100 * value:.0f} %"
+
+
+def level(confidence: float) -> str:
+    """A confidence level, such as `95 %`."""
+    return f"{100 * confidence:g} %"
+
+
+def number(value: float | None) -> str:
+    """A number with three or so significant digits and thousands set apart."""
+    if value is None:
+        return "–"
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}".replace(",", " ")
+    if abs(value) >= 1000:
+        return f"{value:,.0f}".replace(",", " ")
+    if abs(value) >= 100:
+        return f"{value:.0f}"
+    if abs(value) >= 10:
+        return f"{value:.1f}"
+    if abs(value) >= 0.01:
+        return f"{value:.3g}"
+    return f"{value:.1e}"
+
+
+def duration(seconds: float | None) -> str:
+    """A time, such as `4 min 41 s`."""
+    if seconds is None:
+        return "–"
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60} s"
+    return f"{total // 3600} h {total % 3600 // 60} min"
+
+
+def size(count: float | None) -> str:
+    """Bytes, such as `270 MB`."""
+    if count is None:
+        return "–"
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if value >= 10 or unit == "B" else f"{value:.1f} {unit}"
+
+
+def _list(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
