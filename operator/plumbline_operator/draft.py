@@ -42,6 +42,7 @@ class Draft:
     cached: frozenset[str] | None = None
     """Stages that preflight found in storage, in the pass that reads its findings."""
     retry_nonce: str | None = None
+    _fingerprints: tuple[list[str], dict[str, str]] | None = None
 
     @property
     def old(self) -> PipelineStatus:
@@ -73,7 +74,11 @@ class Draft:
         if self.entries[PREFLIGHT].phase != "Succeeded":
             return None
         pins = known_pins(self.pins, self.record)
-        return None if pins is None else stage_fingerprints(self.record, pins)
+        if pins is None:
+            return None
+        if self._fingerprints is None or self._fingerprints[0] != pins:
+            self._fingerprints = (pins, stage_fingerprints(self.record, pins))  # the costly part of a pass
+        return self._fingerprints[1]
 
     def job_of(self, entry: StageStatus) -> JobView | None:
         """The job of an entry's current attempt, if it is seen."""

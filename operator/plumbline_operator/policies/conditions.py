@@ -117,6 +117,11 @@ def _words(type_: str, situation: Situation, reason: str, message: str, report_m
         return reason, message
     if type_ == "Succeeded" and situation in FAILED:
         return "Failed", message
-    if type_ in ("Running", "Reconciling") and situation not in ENDED and not bad:
+    if situation in ENDED or bad:
+        return situation.value.removesuffix("Unreported"), ""
+    if type_ in ("Running", "Reconciling"):
         return situation.value, message
-    return situation.value.removesuffix("Unreported"), ""
+    if type_ == "Suspended":
+        is_asked = situation in (Situation.SUSPENDED, Situation.SUSPENDING)
+        return (situation.value if is_asked else "NotSuspended"), ""
+    return "InProgress", ""

@@ -14,7 +14,6 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-
 from plumbline_operator.snapshot import JobView, PodFailure, Snapshot, StartStage
 from support.planning import FORK, World, failed, pipeline_body
 

@@ -168,7 +168,7 @@ def test_an_edit_reruns_only_what_changed():
     stages[1] = {"name": "dpo", "dpo": {"dataset": "prefs", "beta": 0.3, "lora": {"rank": 8}}}
     world.edit(stages=stages)
     plan = world.settle()
-    assert [type(action) for action in plan.actions][0] is FreezeRecord
+    assert isinstance(plan.actions[0], FreezeRecord)
     assert starts(plan) == ["preflight"]
     assert world.condition("Succeeded").status == "Unknown"
     world.go("preflight")
