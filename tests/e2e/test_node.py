@@ -63,7 +63,9 @@ def run_job(cluster: RealCluster, namespace: str, script: str) -> str:
 
 def test_job_completes_under_the_restricted_standard(real_node: RealCluster, namespace: str) -> None:
     started = time.monotonic()
-    log = run_job(real_node, namespace, "id -u; touch /tmp/writable && echo written; touch /nothing 2>&1 || echo refused")
+    log = run_job(
+        real_node, namespace, "id -u; touch /tmp/writable && echo written; touch /nothing 2>&1 || echo refused"
+    )
     assert log.split("\n")[0] == "65532"
     assert "written" in log
     assert "refused" in log
@@ -87,6 +89,12 @@ def test_pod_resolves_cluster_names_and_reaches_the_api_and_s3(real_node: RealCl
     assert "unknown-refused" in log
 
 
+def test_pods_have_no_way_off_the_machine(real_node: RealCluster, namespace: str) -> None:
+    # An address for documentation, where nobody is: without the rule the attempt would wait for its time limit.
+    log = run_job(real_node, namespace, "nc -w 20 203.0.113.1 80 </dev/null 2>&1; exit 0")
+    assert "refused" in log
+
+
 def test_pod_reaches_another_pod_through_its_service(real_node: RealCluster, namespace: str) -> None:
     server = job("server", real_node.busybox_image, "while true; do echo hello-from-pod | nc -l -p 8080; done")
     server["spec"]["template"]["metadata"] = {"labels": {"app": "server"}}
@@ -99,6 +107,8 @@ def test_pod_reaches_another_pod_through_its_service(real_node: RealCluster, nam
     real_node.apply(server, service, namespace=namespace)
     real_node.kubectl("wait", "--for=condition=Ready", "pod", "-l", "app=server", "-n", namespace, "--timeout=30s")
     log = run_job(
-        real_node, namespace, "for i in 1 2 3 4 5 6 7 8 9 10; do nc -w 2 server 80 </dev/null && exit 0; sleep 1; done; exit 1"
+        real_node,
+        namespace,
+        "for i in 1 2 3 4 5 6 7 8 9 10; do nc -w 2 server 80 </dev/null && exit 0; sleep 1; done; exit 1",
     )
     assert "hello-from-pod" in log
