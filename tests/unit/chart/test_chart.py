@@ -15,6 +15,7 @@ from cluster.binaries import find_program
 from cluster.errors import ClusterUnavailableError
 from plumbline_api.runtime import AlignmentRuntime
 from plumbline_operator.configuration import OperatorSettings
+from plumbline_operator.rbac import RULES
 from support.podsecurity import find_violations
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -97,6 +98,12 @@ def test_operator_has_exactly_the_rights_of_the_golden_file(helm: str) -> None:
     roles = {item["metadata"]["name"]: item["rules"] for item in of_kind(render(helm), "ClusterRole")}
     golden = yaml.safe_load(RBAC_GOLDEN.read_text())
     assert roles == golden, "the rights changed: if that is meant, review the difference and edit rbac.golden.yaml"
+
+
+def test_operator_has_the_rights_that_its_code_names(helm: str) -> None:
+    roles = {item["metadata"]["name"]: item["rules"] for item in of_kind(render(helm), "ClusterRole")}
+    granted = [(tuple(r["apiGroups"]), tuple(r["resources"]), tuple(r["verbs"])) for r in roles["here-plumbline"]]
+    assert granted == [tuple(rule) for rule in RULES]
 
 
 def test_no_right_is_a_wildcard_and_no_secret_is_readable(helm: str) -> None:
