@@ -1,4 +1,4 @@
-"""Curves of a training stage as inline SVG. Colours are the page's own variables, so that they follow light and dark."""
+"""Curves of a training stage as inline SVG, in the page's own colours, so that they follow light and dark."""
 
 from __future__ import annotations
 

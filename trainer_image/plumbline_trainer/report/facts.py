@@ -24,6 +24,8 @@ from plumbline_trainer.storage.objects import ObjectStore
 CURVES = "metrics.jsonl"
 EVALUATION = "report.json"
 PLAN = "plan.json"
+GATE_FAILED = "GateFailed"
+"""Reason of a stage whose output is there but not good enough."""
 CURVE_BYTES_MAX = 64 * 1024 * 1024
 
 
@@ -168,7 +170,7 @@ def _read_stage(store: ObjectStore, facts: RunFacts, stage: StageFacts, fingerpr
         stage.points = read_curve(store, root, own)
     except (InputError, TransientError, OSError) as error:
         yield f"the curves of {stage.name}: {error}"
-    if not stage.succeeded:
+    if not stage.succeeded and (stage.outcome is None or stage.outcome.reason != GATE_FAILED):
         return
     try:
         found = read_manifest(store, root)

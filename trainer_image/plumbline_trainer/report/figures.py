@@ -135,7 +135,7 @@ def tabulate(facts: RunFacts, findings: list[Finding]) -> Table:
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
     columns: list[str] = []
     for finding in findings:
-        key = (finding.kind, finding.dataset, finding.split, finding.judge or "", finding.metric)
+        key: tuple[str, ...] = (finding.kind, finding.dataset, finding.split, finding.judge or "", finding.metric)
         if finding.kind == "winRate":
             key = (*key, finding.baseline)
         row = rows.setdefault(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from plumbline_trainer.report.facts import RunFacts
+from plumbline_trainer.report.facts import GATE_FAILED, RunFacts
 from plumbline_trainer.report.figures import Finding, Value
 
 PHASE_WORDS = {
@@ -23,7 +23,7 @@ def verdict(facts: RunFacts, findings: Sequence[Finding]) -> tuple[str, str]:
     if facts.failures:
         first = facts.failures[0]
         done = sum(stage.succeeded for stage in facts.stages)
-        if first.reason == "GateFailed":
+        if first.reason == GATE_FAILED:
             return f"It was stopped at a gate: stage {first.name} did not reach what was asked of it.", "bad"
         return f"It did not finish: {first.name} failed after {done} of {len(facts.stages)} stages were done.", "bad"
     if not facts.succeeded:
