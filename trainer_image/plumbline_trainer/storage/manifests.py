@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from plumbline_api import layout
 from plumbline_api.base import Contract, Digest
-from plumbline_api.fingerprint import canonical_json
 from plumbline_api.stagerun import StageInput
 from pydantic import AfterValidator, Field, ValidationError
 
@@ -112,8 +111,8 @@ class Manifest(Contract):
     """Optimizer step that it ended at."""
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON; equal manifests have equal bytes."""
-        return canonical_json(self.to_wire())
+        """JSON with the fields in their order: the first metrics are the ones that results show."""
+        return json.dumps(self.to_wire(), ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
     def parent(self, role: str) -> Parent | None:
         """The input of a role."""
