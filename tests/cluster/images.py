@@ -120,7 +120,12 @@ def _build(engine: str, recipe: Recipe, reference: str, base: str | None, contex
     nice = ["nice", "-n", "5"] if shutil.which("nice") else []
     with log.open("w") as output:
         command = [*engine_command(engine), *build_arguments(recipe, engine, reference, base, context)]
-        done = subprocess.run([*nice, *command], stdout=output, stderr=subprocess.STDOUT, env=engine_environment())
+        done = subprocess.run(
+            [*nice, *command], stdout=output, stderr=subprocess.STDOUT, env=engine_environment(recipe.name)
+        )
+    shutil.rmtree(
+        cache_root() / "tmp" / recipe.name, ignore_errors=True
+    )  # gigabytes of wheels, fetched again in a minute when needed
     if done.returncode:
         raise ClusterFailedError(
             f"building the {recipe.name} image failed. {log} ends:\n{log.read_text(errors='replace')[-3000:]}"
@@ -149,9 +154,9 @@ def engine_command(engine: str) -> list[str]:
     return ["buildah", *storage_options()] if engine == "buildah" else [engine]
 
 
-def engine_environment() -> dict[str, str]:
+def engine_environment(purpose: str = "shared") -> dict[str, str]:
     """buildah keeps cache mounts and temporary layers under TMPDIR; /tmp may be small."""
-    temporary = cache_root() / "tmp"
+    temporary = cache_root() / "tmp" / purpose
     temporary.mkdir(parents=True, exist_ok=True)
     return {**os.environ, "TMPDIR": str(temporary), "DOCKER_BUILDKIT": "1"}
 
