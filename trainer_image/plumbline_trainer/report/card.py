@@ -78,7 +78,7 @@ def _body(facts: RunFacts, findings: list[Finding]) -> str:
         lines += ["| Metric | Model | Value | Interval | Before | Prompts |", "|---|---|---|---|---|---|"]
         for finding in findings:
             before = "–" if finding.baseline_value is None else words.shown(finding, finding.baseline_value)
-            row = (
+            figures = (
                 finding.label + (f" (judge: {finding.judge})" if finding.judge else ""),
                 finding.policy,
                 words.shown(finding, finding.value),
@@ -86,7 +86,7 @@ def _body(facts: RunFacts, findings: list[Finding]) -> str:
                 before,
                 words.number(finding.prompts),
             )
-            lines.append(f"| {' | '.join(map(_cell, row))} |")
+            lines.append(f"| {' | '.join(map(_cell, figures))} |")
         marked = [finding for finding in findings if finding.in_sample]
         lines += [""] + [f"In-sample, so too good: {finding.label}." for finding in marked]
     else:

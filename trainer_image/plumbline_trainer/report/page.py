@@ -358,12 +358,10 @@ def _checks(facts: RunFacts, findings: list[Finding]) -> list[tuple[str, str]]:
         if lost is not None and stage.record.type == "merge":
             tone = "bad" if lost > 0.3 else "good"
             divergence = words.number(stage.metrics.get("logitKl"))
-            checks.append(
-                (
-                    tone,
-                    f"Merging kept {1 - lost:.1%} of every change; adapter and merged weights differ by {divergence} nats per token.",
-                )
+            said = (
+                f"Merging kept {1 - lost:.1%} of every change: {divergence} nats per token between adapter and merged."
             )
+            checks.append((tone, said))
     for item in _datasets(facts):
         if item["bad"]:
             checks.append(
