@@ -96,6 +96,7 @@ def reasons_in_code() -> set[str]:
             found |= set(re.findall(r'\breason = "([A-Z][A-Za-z]+)"', text))
             found |= set(re.findall(r'"reason": "([A-Z][A-Za-z]+)"', text))
             found |= set(re.findall(r'Verdict\(\s*"\w+",\s*"([A-Za-z]+)"', text))
+            found |= set(re.findall(r'\bfailure\("([A-Za-z]+)"', text))
             found |= set(re.findall(r'Wait\("([A-Za-z]+)"', text))
             found |= set(re.findall(r'_fail\([^"]*"([A-Za-z]+)"', text))
             found |= set(re.findall(r'_ended\([^"]*"Failed", "([A-Za-z]+)"', text))
