@@ -67,11 +67,16 @@ class SimulatedWorld(World):
             failure=failure,
         )
 
-    def act(self, action: Any) -> bool:
-        """Carry one action out; nothing may start twice."""
+    def act(self, action: Any, *, is_view_true: bool = True) -> bool:
+        """Carry one action out; nothing may start twice.
+
+        On an old view an attempt at other work of the stage may be unknown; it writes elsewhere, and the next pass
+        stops it. Two attempts at the same work are never right.
+        """
         if isinstance(action, StartStage) and action.job not in self.jobs:
             for job in self.jobs.values():
-                same = (job.stage, job.fingerprint) == (action.run.stage, action.run.fingerprint)
+                same_work = job.fingerprint == action.run.fingerprint
+                same = job.stage == action.run.stage and (same_work or is_view_true)
                 over = job.state in ("succeeded", "failed") and not job.active
                 assert over or not same, f"{action.job} starts while {job.name} is live"
             before = [start.job for start in self.starts]
@@ -114,9 +119,15 @@ class View:
 class AnyOrder(RuleBasedStateMachine):
     """Chaos, then calm."""
 
-    @initialize(flaky=st.sets(st.sampled_from(["base", "left", "right"])))
-    def begin(self, flaky: set[str]) -> None:
+    @initialize(flaky=st.sets(st.sampled_from(["base", "left", "right"])), ahead=st.integers(0, 3))
+    def begin(self, flaky: set[str], ahead: int) -> None:
+        """A run that has come some way already, so that chaos reaches every part of it."""
         self.world = SimulatedWorld(frozenset(flaky))
+        self.world.go(*["preflight", "base"][:ahead])
+        if ahead == 3:
+            self.world.run("left")
+            self.world.run("right")
+            self.world.settle()
         self.views: list[View] = []
         self.nonce = 0
 
@@ -129,9 +140,21 @@ class AnyOrder(RuleBasedStateMachine):
             decided = self.world.plan()
             if not decided.actions and decided.status is None:
                 assert decided.events == ()
+                self.nothing_outdated_runs()
                 return
             self.carry_out(decided, self.world.version)
         raise AssertionError("the world does not come to rest")
+
+    def nothing_outdated_runs(self) -> None:
+        """What runs is what the status tells of, once the new preflight has said what is wanted."""
+        known = {entry.name: entry for entry in self.world.status.stages}
+        if known["preflight"].phase == "Succeeded":
+            for job in self.world.live():
+                assert job.deleting or (job.role, job.stage, job.fingerprint) == (
+                    self.world.runs[job.name].role,
+                    job.stage,
+                    known[job.stage].fingerprint,
+                )
 
     @rule(cut=st.integers(0, 3))
     def reconcile_and_die(self, cut: int) -> None:
@@ -152,12 +175,12 @@ class AnyOrder(RuleBasedStateMachine):
         view = data.draw(st.sampled_from(self.views[-4:]), label="view")
         if keep_status:
             view = View(self.world.version, replace(self.world.snapshot(), jobs=view.snapshot.jobs))
-        self.carry_out(self.world.plan(view.snapshot), view.version)
+        self.carry_out(self.world.plan(view.snapshot), view.version, is_view_true=False)
 
-    def carry_out(self, decided: Any, version: int) -> None:
+    def carry_out(self, decided: Any, version: int, *, is_view_true: bool = True) -> None:
         """Actions first, then status if nobody has written it since it was read."""
         for action in decided.actions:
-            if not self.world.act(action):
+            if not self.world.act(action, is_view_true=is_view_true):
                 return
         if decided.status is not None and version == self.world.version:
             self.world.version += 1
@@ -169,17 +192,21 @@ class AnyOrder(RuleBasedStateMachine):
         found = sorted((job for job in self.world.jobs.values() if job.state in states), key=lambda job: job.name)
         return self.world.jobs[data.draw(st.sampled_from([job.name for job in found]), label="job")] if found else None
 
-    @rule(data=st.data())
-    def pod_starts(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), seen=st.booleans())
+    def pod_starts(self, data: st.DataObject, seen: bool) -> None:
         job = self.some_job(data, "waiting")
         if job is not None and not job.suspended and not job.deleting:
             self.world.change(job.name, state="running", active=True, started=self.world.now)
+        if seen:
+            self.reconcile()
 
-    @rule(data=st.data(), lose_message=st.booleans())
-    def attempt_ends(self, data: st.DataObject, lose_message: bool) -> None:
+    @rule(data=st.data(), lose_message=st.booleans(), seen=st.booleans())
+    def attempt_ends(self, data: st.DataObject, lose_message: bool, seen: bool) -> None:
         job = self.some_job(data, "running")
         if job is not None:
             self.world.finish(job, lose_message=lose_message and job.role != "collect")
+        if seen:
+            self.reconcile()
 
     @rule(data=st.data())
     def pod_is_preempted(self, data: st.DataObject) -> None:
@@ -212,13 +239,17 @@ class AnyOrder(RuleBasedStateMachine):
 
     # The user
 
-    @rule(broken=st.booleans(), seed=st.sampled_from([0, 1]))
-    def edit(self, broken: bool, seed: int) -> None:
+    @rule(broken=st.booleans(), seed=st.sampled_from([0, 1]), seen=st.booleans())
+    def edit(self, broken: bool, seed: int, seen: bool) -> None:
         self.change_spec(**variant(broken=broken, seed=seed))
+        if seen:
+            self.reconcile()
 
-    @rule(suspend=st.booleans())
-    def suspend(self, suspend: bool) -> None:
+    @rule(suspend=st.booleans(), seen=st.booleans())
+    def suspend(self, suspend: bool, seen: bool) -> None:
         self.change_spec(suspend=suspend)
+        if seen:
+            self.reconcile()
 
     @rule(stage=st.sampled_from([None, "preflight", "base", "left", "join", "finalize", "nothing"]))
     def retry(self, stage: str | None) -> None:
