@@ -1,9 +1,10 @@
-"""Command line of the test cluster: `python -m cluster up | down | env | status`."""
+"""Command line of the test cluster: `python -m cluster build | up | down | env | status`."""
 
 import argparse
 import sys
 from pathlib import Path
 
+from cluster.build import build_everything
 from cluster.errors import ClusterFailedError, ClusterUnavailableError
 from cluster.lifecycle import bring_down, bring_up, describe_environment, describe_status
 from cluster.places import default_state_dir
@@ -24,6 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="which of our images to build and load (default: %(default)s)",
     )
     up.add_argument("--own", action="store_true", help="never use kind, even where a container engine answers")
+    build = commands.add_parser("build", help="build programs and images, and start nothing")
+    build.add_argument("--own", action="store_true", help="what our own node needs, even where kind would be used")
     commands.add_parser("down", help="stop what `up` started and remove all it made")
     commands.add_parser("env", help='print shell exports: eval "$(python -m cluster env)"')
     commands.add_parser("status", help="say what runs; exit 1 if a part has died or none is there")
@@ -35,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     folder = options.state.resolve()
     try:
+        if options.command == "build":
+            return build_everything(own=options.own)
         if options.command == "up":
             bring_up(folder, control_plane_only=options.control_plane_only, images=options.images, own=options.own)
             print(describe_status(folder)[0])
