@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from plumbline_api.base import API_GROUP, API_VERSION
@@ -27,13 +30,16 @@ class Cluster:
                 "For a local run name its manifest file, or add --storage DIR",
                 NOT_FOUND,
             ) from None
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings about retries say nothing that ours do not
         settings = client.Configuration()
         settings.retries = 1
         found = "default"
         try:
-            contexts, active = config.list_kube_config_contexts()
+            # Named here, because the client reads KUBECONFIG only once, when it is imported.
+            file = os.environ.get("KUBECONFIG") or str(Path.home() / ".kube" / "config")
+            contexts, active = config.list_kube_config_contexts(config_file=file)
             chosen = active if context is None else next((c for c in contexts if c["name"] == context), active)
-            config.load_kube_config(context=context, client_configuration=settings)
+            config.load_kube_config(config_file=file, context=context, client_configuration=settings)
             found = (chosen.get("context") or {}).get("namespace") or found
         except config.ConfigException as error:
             if context is not None:

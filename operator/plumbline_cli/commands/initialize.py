@@ -35,8 +35,9 @@ def init(
         raise CommandError("; ".join(str(problem) for problem in error.problems), BAD_INPUT) from None
     present = [path for path in files if (folder / path).exists()]
     if present:
+        there = ", ".join(str(folder / path) for path in present)
         raise CommandError(
-            f"nothing was written, because files are there already: {', '.join(str(folder / path) for path in present)}. "
+            f"nothing was written, because files are there already: {there}. "
             "Name another folder: plumbline init FOLDER",
             BAD_INPUT,
         )

@@ -36,7 +36,7 @@ def report(
 
 
 def _report_local(target: LocalTarget, *, open_: bool, save: Path | None, output: Format) -> None:
-    from plumbline_cli.display.figures import figures_table
+    from plumbline_cli.display.ending import print_figures
     from plumbline_cli.local.results import find_report, read_summary
 
     path = find_report(target.state)
@@ -50,8 +50,8 @@ def _report_local(target: LocalTarget, *, open_: bool, save: Path | None, output
         print_document({"report": str(path), "summary": summary}, output)
     else:
         out().print(str(path), soft_wrap=True)
-        if summary is not None and (table := figures_table(summary)) is not None:
-            out().print(table)
+        if summary is not None:
+            print_figures(out(), summary)
     if save is not None:
         shutil.copyfile(path, save)
     if open_:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from plumbline_api.names import FINALIZE, PREFLIGHT
 from rich.console import Console
 from rich.text import Text
 
-from plumbline_cli.display.figures import figures_table
+from plumbline_cli.display.figures import figure_notes, figures_table
 from plumbline_cli.display.overview import complaints
 from plumbline_cli.display.words import duration, moment, plural, symbols
 from plumbline_cli.local.results import find_model, find_report, read_summary
@@ -65,11 +66,22 @@ def _print_success(console: Console, session: Session, state: LocalState) -> Non
     else:
         for text in complaints(status):
             console.print(Text(f"    {text}", style="yellow"))
-    summary = read_summary(session.folder)
-    table = figures_table(summary) if summary is not None else None
-    if table is not None:
+    if (summary := read_summary(session.folder)) is not None:
+        print_figures(console, summary)
+
+
+def print_figures(console: Console, summary: dict[str, Any]) -> None:
+    """Print what an evaluation found: one sentence, the table, and what it rests on."""
+    table = figures_table(summary)
+    if table is None:
+        return
+    console.print()
+    if isinstance(summary.get("sentence"), str):
+        console.print(f"  {summary['sentence']}")
         console.print()
-        console.print(table)
+    console.print(table)
+    for note in figure_notes(summary):
+        console.print(Text(f"  {note}", style="dim"))
 
 
 def shown(path: Path) -> str:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from plumbline_cli.display.ending import shown
-from plumbline_cli.display.words import plural, symbols
+from plumbline_cli.display.words import number, plural, symbols
 from plumbline_cli.local.forecast import Forecast, StageForecast
 
 
@@ -53,4 +53,16 @@ def describe(stage: StageForecast) -> str:
         parts.append(f"batch {training['globalBatch']}")
     if "suites" in parameters:
         parts.append(", ".join(next(iter(suite)) for suite in parameters["suites"]))
-    return ", ".join(parts)
+    return ", ".join([*parts, *needs(stage.estimate)])
+
+
+def needs(estimate: dict[str, Any]) -> list[str]:
+    """`54 steps`, `19,800 tokens`, `2.4 GiB`: what preflight expects a stage to take."""
+    found = []
+    if isinstance(steps := estimate.get("steps"), int | float) and steps:
+        found.append(plural(round(steps), "step"))
+    if isinstance(tokens := estimate.get("tokens"), int | float) and tokens:
+        found.append(f"about {number(tokens)} tokens")
+    if isinstance(memory := estimate.get("memoryBytes"), int | float) and memory:
+        found.append(f"{number(memory / 2**30)} GiB")
+    return found

@@ -15,9 +15,9 @@ from plumbline_api.status import PipelineStatus, StageStatus
 from plumbline_cli.display.words import duration, moment, number
 
 KEY_FIGURES: dict[str, tuple[str, ...]] = {
-    "pretrain": ("evaluationLoss", "loss"),
-    "sft": ("evaluationLoss", "loss"),
-    "dpo": ("evaluationAccuracy", "accuracy", "loss", "margin"),
+    "pretrain": ("evalLoss", "loss"),
+    "sft": ("evalLoss", "loss"),
+    "dpo": ("evalRewardAccuracy", "rewardAccuracy", "loss", "rewardMargin"),
     "merge": ("lostShare", "logitKl"),
     "evaluate": ("winRate", "preferenceAccuracy", "perplexity"),
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from plumbline_cli.local.runner import LocalRunner, RunView
 from plumbline_cli.local.session import Session
 from plumbline_cli.local.state import LocalState, RunFolder
 
+PLAN_FILE = "plan.json"
+
 
 @dataclass(frozen=True, slots=True)
 class StageForecast:
@@ -26,6 +29,10 @@ class StageForecast:
     record: StageRecord
     is_cached: bool
     fingerprint: str | None
+    why: str | None = None
+    """Why it is or is not in storage, in preflight's words."""
+    estimate: dict[str, Any] = field(default_factory=dict)
+    """Steps, tokens, memoryBytes and gpuHours, as far as preflight can tell."""
 
     def to_wire(self) -> dict[str, Any]:
         """The JSON form."""
@@ -34,6 +41,8 @@ class StageForecast:
             "type": self.record.type,
             "action": "cached" if self.is_cached else "run",
             "fingerprint": self.fingerprint,
+            "why": self.why,
+            "estimate": self.estimate,
             "parameters": self.record.parameters,
             "dependsOn": self.record.depends_on,
         }
@@ -52,8 +61,12 @@ class Forecast:
     is_input_wrong: bool
     """Whether the problem is the user's to mend."""
     stages: list[StageForecast]
-    inputs: list[dict[str, str]]
+    inputs: list[dict[str, Any]]
     """External inputs and their digests."""
+    datasets: list[dict[str, Any]]
+    """Rows, tokens and splits of each dataset."""
+    models: dict[str, Any]
+    """Facts of each model."""
 
     def to_wire(self) -> dict[str, Any]:
         """The JSON form."""
@@ -62,6 +75,8 @@ class Forecast:
             "storage": str(self.storage),
             "preflight": {"notes": self.notes, "problem": self.problem},
             "inputs": self.inputs,
+            "datasets": self.datasets,
+            "models": self.models,
             "stages": [stage.to_wire() for stage in self.stages],
         }
 
@@ -95,21 +110,41 @@ def _forecast(session: Session, runner: LocalRunner) -> Forecast:
     problem = (
         ": ".join(part for part in (entry.reason, entry.message) if part) if entry is not None and failed else None
     )
+    plan = _read_plan(session) if not failed else {}
     return Forecast(
         name=session.folder.name,
         storage=session.storage,
         notes=list(result.preflight.notes) if result is not None and result.preflight is not None else [],
         problem=problem,
         is_input_wrong=entry is not None and entry.reason in FINAL_REASONS,
-        stages=_stages(record, state) if record is not None and not failed else [],
+        stages=_stages(record, state, plan) if record is not None and not failed else [],
         inputs=[pin.to_wire() for pin in state.status.inputs],
+        datasets=plan.get("datasets", []),
+        models=plan.get("models", {}),
     )
 
 
-def _stages(record: RunRecord, state: LocalState) -> list[StageForecast]:
+def _read_plan(session: Session) -> dict[str, Any]:
+    """What preflight wrote beside the run: more than fits its message."""
+    try:
+        found = json.loads((session.folder.path / PLAN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _stages(record: RunRecord, state: LocalState, plan: dict[str, Any]) -> list[StageForecast]:
     entries: dict[str, StageStatus] = {entry.name: entry for entry in state.status.stages}
+    told = {item.get("name"): item for item in plan.get("stages", [])}
     return [
-        StageForecast(stage, entries[stage.name].cached, entries[stage.name].fingerprint) for stage in record.stages
+        StageForecast(
+            stage,
+            entries[stage.name].cached,
+            entries[stage.name].fingerprint,
+            told.get(stage.name, {}).get("why"),
+            told.get(stage.name, {}).get("estimate", {}),
+        )
+        for stage in record.stages
     ]
 
 

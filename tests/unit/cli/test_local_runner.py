@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from plumbline_cli.exits import CommandError
 from plumbline_cli.local.lock import RunLock, is_locked
-from support.local_runs import FAKE_COMMAND, Recorder, make_runner, open_run, pipeline_body, starts, write_manifest
+from support.local_runs import Recorder, make_runner, open_run, pipeline_body, starts, write_manifest
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_stages_run_in_order_and_the_run_succeeds(manifest, storage):
     assert on_disk is not None
     assert on_disk.status == status
     assert json.loads(session.folder.record_file.read_text())["pipeline"]["name"] == "demo"
-    assert [path for path in session.folder.path.rglob("scratch")] == []
+    assert list(session.folder.path.rglob("scratch")) == []
 
 
 def test_second_call_starts_no_training(manifest, storage):
