@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from plumbline_api.names import FINALIZE, PREFLIGHT, record_name
+from plumbline_api.names import FINALIZE, PREFLIGHT
 from plumbline_api.quantities import parse_duration
 from plumbline_api.status import PipelineStatus, StageStatus, Usage
 
-from plumbline_operator.draft import Draft
+from plumbline_operator.draft import Draft, name_of_record
 from plumbline_operator.policies import summary
 from plumbline_operator.policies.acceptance import Refused
 from plumbline_operator.policies.announcements import announcements
@@ -127,9 +127,7 @@ def _status(draft: Draft, situation: Situation) -> tuple[PipelineStatus, str]:
             "stage": summary.stage_column(situation, stages),
             "progress": summary.progress_column(stages),
             "eta": None if ended else summary.eta(stages),
-            "record": record_name(
-                pipeline=record.pipeline.name, uid=record.pipeline.uid, generation=record.pipeline.generation
-            ),
+            "record": name_of_record(record),
             "runtime": record.runtime_name,
             "inputs": draft.pins,
             "stages": [preflight, *stages, *([finalize] if finalize is not None else [])],

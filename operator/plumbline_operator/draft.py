@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from plumbline_api.names import FINALIZE, PREFLIGHT
+from plumbline_api.names import FINALIZE, PREFLIGHT, record_name
 from plumbline_api.pipeline import AlignmentPipeline
 from plumbline_api.record import RunRecord, StageRecord
 from plumbline_api.record import fingerprints as stage_fingerprints
@@ -92,8 +92,8 @@ def begin(snapshot: Snapshot, settings: PlanSettings, now: datetime, accepted: A
     skipped waits for it; what succeeded or runs stays until the new fingerprints are known.
     """
     record, old = accepted.record, snapshot.status
-    identity = record_identity(record)
     known = {entry.name: entry for entry in old.stages}
+    identity = _identity(accepted, old, known.get(PREFLIGHT))
     entries: dict[str, StageStatus] = {}
     for stage in record.stages:
         entry = known.get(stage.name)
@@ -126,6 +126,23 @@ def begin(snapshot: Snapshot, settings: PlanSettings, now: datetime, accepted: A
     if not is_same:
         draft.each(waiting_again, "Failed", "Skipped")
     return draft
+
+
+def name_of_record(record: RunRecord) -> str:
+    """The name of the object that holds a record."""
+    identity = record.pipeline
+    return record_name(pipeline=identity.name, uid=identity.uid, generation=identity.generation)
+
+
+def _identity(accepted: Accepted, old: PipelineStatus, preflight: StageStatus | None) -> str:
+    """Fingerprint of preflight. A record never changes, so for one that the status knows it has been computed.
+
+    Otherwise another version of the operator, whose records have another field, would run every preflight again.
+    """
+    is_known = not accepted.is_new and old.record == name_of_record(accepted.record)
+    if is_known and preflight is not None and preflight.fingerprint is not None:
+        return preflight.fingerprint
+    return record_identity(accepted.record)
 
 
 def held_so_far(draft: Draft, entry: StageStatus) -> float:

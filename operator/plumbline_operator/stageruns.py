@@ -11,14 +11,13 @@ from plumbline_api.record import InputRef, RunRecord, StageRecord
 from plumbline_api.stagerun import StageInput, StageOutcome, StageRun
 from plumbline_api.stages import STAGE_TYPES
 
-from plumbline_operator.policies.identity import finalize_identity, record_identity
 from plumbline_operator.snapshot import CPU_ONLY, StartStage
 
 OUTCOMES_RESERVED_BYTES = 36 * 1024
 """Room that outcomes and pins take in finalize's document beside the record."""
 
 
-def preflight_run(record: RunRecord, *, attempt: int) -> StageRun:
+def preflight_run(record: RunRecord, *, fingerprint: str, attempt: int) -> StageRun:
     """What preflight is told."""
     return StageRun(
         role="preflight",
@@ -26,13 +25,15 @@ def preflight_run(record: RunRecord, *, attempt: int) -> StageRun:
         stage=PREFLIGHT,
         type=PREFLIGHT,
         attempt=attempt,
-        fingerprint=record_identity(record),
+        fingerprint=fingerprint,
         storage=record.storage,
         record=record,
     )
 
 
-def finalize_run(record: RunRecord, *, pins: Sequence[str], outcomes: Sequence[StageOutcome], attempt: int) -> StageRun:
+def finalize_run(
+    record: RunRecord, *, fingerprint: str, pins: Sequence[str], outcomes: Sequence[StageOutcome], attempt: int
+) -> StageRun:
     """What finalize is told."""
     return StageRun(
         role="finalize",
@@ -40,7 +41,7 @@ def finalize_run(record: RunRecord, *, pins: Sequence[str], outcomes: Sequence[S
         stage=FINALIZE,
         type=FINALIZE,
         attempt=attempt,
-        fingerprint=finalize_identity(record, outcomes),
+        fingerprint=fingerprint,
         storage=record.storage,
         record=record,
         pins=list(pins),

@@ -7,10 +7,10 @@ from datetime import timedelta
 
 from plumbline_api.names import FINALIZE, PREFLIGHT
 from plumbline_api.record import StageRecord
-from plumbline_api.stagerun import StageRun
+from plumbline_api.stagerun import StageOutcome, StageRun
 from plumbline_api.status import Output, StageStatus
 
-from plumbline_operator.draft import Draft
+from plumbline_operator.draft import Draft, name_of_record
 from plumbline_operator.policies.acceptance import permission_problems
 from plumbline_operator.policies.clock import format_time, shorten
 from plumbline_operator.policies.identity import (
@@ -89,7 +89,9 @@ def start_preflight(draft: Draft) -> None:
         return
     attempts = attempts_of(draft.snapshot, roles=["preflight"], stage=PREFLIGHT, fingerprint=draft.identity)
     if _may_start(draft, entry, attempts, index=None):
-        _start(draft, entry, preflight_run(draft.record, attempt=next_attempt(entry, attempts)))
+        _start(
+            draft, entry, preflight_run(draft.record, fingerprint=draft.identity, attempt=next_attempt(entry, attempts))
+        )
 
 
 def start_stages(draft: Draft) -> None:
@@ -149,7 +151,7 @@ def wrap_up(draft: Draft) -> None:
         entry.phase in TERMINAL_PHASES for entry in draft.stages
     )
     outcomes = outcomes_of(draft.stages)
-    identity = finalize_identity(draft.record, outcomes) if is_due else None
+    identity = _finalize_identity(draft, outcomes) if is_due else None
     for job in draft.snapshot.jobs:
         if (
             job.role == "finalize"
@@ -181,7 +183,17 @@ def wrap_up(draft: Draft) -> None:
     if entry.phase == "Pending" and _may_start(draft, entry, attempts, index=None):
         pins = [pin.digest for pin in draft.pins]
         number = next_attempt(entry, attempts)
-        _start(draft, entry, finalize_run(draft.record, pins=pins, outcomes=outcomes, attempt=number))
+        run = finalize_run(draft.record, fingerprint=identity, pins=pins, outcomes=outcomes, attempt=number)
+        _start(draft, entry, run)
+
+
+def _finalize_identity(draft: Draft, outcomes: Sequence[StageOutcome]) -> str:
+    """Identity of the report; the known one where it tells of the same stages, whoever computed it."""
+    known, before = draft.entries.get(FINALIZE), draft.old
+    same = all(before.stage_named(entry.name) == entry for entry in draft.stages)
+    if known is not None and known.fingerprint is not None and same and before.record == name_of_record(draft.record):
+        return known.fingerprint
+    return finalize_identity(draft.identity, outcomes)
 
 
 def _may_start(draft: Draft, entry: StageStatus, attempts: Sequence[JobView], *, index: int | None) -> bool:

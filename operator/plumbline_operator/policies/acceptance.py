@@ -64,7 +64,7 @@ def accept(snapshot: Snapshot, settings: PlanSettings) -> Refused | Accepted:
         only_refusals = set(error.problems) <= set(refusals)
         return Refused("NotAllowed" if only_refusals else "InvalidSpec", _joined(error.problems))
     record = record.model_copy(update={"spec_digest": spec_digest(snapshot.body)})
-    size = len(preflight_run(record, attempt=1).to_json().encode())
+    size = len(preflight_run(record, fingerprint="0" * 64, attempt=1).to_json().encode())
     most = STAGE_RUN_MAX_BYTES - OUTCOMES_RESERVED_BYTES
     if size > most:
         return Refused(

@@ -688,3 +688,14 @@ def test_times_are_whole_seconds_in_utc():
     world = finished(ONE)
     assert world.status.start_time == "2026-01-01T12:00:00Z"
     assert world.status.completion_time == ((world.now - timedelta(0)).strftime("%Y-%m-%dT%H:%M:%SZ"))
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_another_version_of_the_operator_leaves_runs_alone(ended: bool, monkeypatch: pytest.MonkeyPatch):
+    """A later version may write records and outcomes with other fields; what has been computed stays as it is."""
+    world = World(pipeline_body(ONE))
+    world.go("preflight", *(["sft", "finalize"] if ended else []))
+    monkeypatch.setattr("plumbline_operator.draft.record_identity", lambda _record: "another")
+    monkeypatch.setattr("plumbline_operator.starting.finalize_identity", lambda *_: "another")
+    world.settings = PlanSettings(operator_version="2.0.0")
+    assert world.settle() == Plan()
