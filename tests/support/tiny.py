@@ -140,3 +140,10 @@ def save_model(
     model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     return folder
+
+
+if __name__ == "__main__":
+    # `python -m support.tiny FOLDER`: the model of examples/03-tiny.
+    import sys
+
+    save_model(Path(sys.argv[1]))
