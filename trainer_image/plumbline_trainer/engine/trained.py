@@ -35,13 +35,14 @@ def weights_precision(parameters: TrainingStage) -> str:
 def make_trainable(policy: Policy, lora: Lora | None, seed: int) -> PreTrainedModel:
     """Put a fresh adapter on the policy, or train all of it."""
     model: PreTrainedModel = policy.model
-    model.eval()
     if lora is not None:
-        attached: PreTrainedModel = attach_lora(model, lora, seed)
-        return attached
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(True)
+        model = attach_lora(model, lora, seed)
+    else:
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+    # After the adapter is on: its own dropout, too, stays off until a stage turns it on.
+    model.eval()
     return model
 
 

@@ -1,0 +1,52 @@
+"""Several ranks of a stage as forks of the test process: no second import of torch, so that a test takes seconds.
+
+The launcher starts real processes; its own tests and the resume tests do it that way.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+
+import torch
+from support.trainer import stage_context
+
+from plumbline_api.stagerun import StageResult, StageRun
+from plumbline_trainer.worker import execute
+
+
+def run_ranks(folder: Path, run: StageRun, timeout: float = 120) -> StageResult:
+    """Run a stage with `run.processes_per_node` ranks to its end; the result of rank 0, which must be a success."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    results: multiprocessing.Queue[tuple[int, str, int]] = context.Queue()
+    size = run.processes_per_node
+    ranks = [context.Process(target=_rank, args=(folder, run, rank, size, port, results)) for rank in range(size)]
+    for rank in ranks:
+        rank.start()
+    try:
+        found = {}
+        for _ in ranks:
+            number, message, code = results.get(timeout=timeout)
+            result = StageResult.model_validate_json(message)
+            assert code == 0, f"rank {number}: {result.message}"
+            found[number] = result
+    finally:
+        for rank in ranks:
+            rank.join(timeout=10)
+            if rank.is_alive():
+                rank.kill()
+    return found[0]
+
+
+def _rank(folder: Path, run: StageRun, rank: int, size: int, port: int, results: object) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    context = stage_context(folder, run)
+    context.rank, context.local_rank, context.world_size = rank, rank, size
+    result, code = execute(context)
+    results.put((rank, result.model_dump_json(by_alias=True), code))  # type: ignore[attr-defined]

@@ -1,0 +1,246 @@
+"""Exact resume: a stage that is killed and started again ends with the same bits as one that was not.
+
+In this process at every kind of moment, and through the launcher with SIGKILL and SIGTERM, one process and two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.trainer import finish_launcher, launch, manifest_of, output_folder, stage_context, start_launcher
+from support.training_data import training_run
+
+from plumbline_api.stagerun import StageRun
+from plumbline_trainer.context import StageContext
+from plumbline_trainer.engine.loop import TrainingRun
+from plumbline_trainer.errors import Interrupted
+from plumbline_trainer.stages import dpo, pretrain, sft
+from plumbline_trainer.storage.checkpoints import wait_for_uploads
+
+STAGES = {"dpo": dpo, "pretrain": pretrain, "sft": sft}
+LORA = {"rank": 4, "dropout": 0.1}
+
+
+def digest_of(folder: Path) -> str:
+    return hashlib.sha256(next(folder.glob("*.safetensors")).read_bytes()).hexdigest()
+
+
+class Killed(BaseException):
+    """The process ends here, as far as the stage is concerned."""
+
+
+class TestInProcess:
+    @pytest.fixture(autouse=True)
+    def one_thread(self) -> Any:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(before)
+
+    def attempt(
+        self, folder: Path, run: StageRun, monkeypatch: pytest.MonkeyPatch, *, die_at: int = -1, stop_at: int = -1
+    ) -> tuple[StageContext, Any, list[int]]:
+        """One attempt; it dies (or is asked to stop) once so many steps are done."""
+        context = stage_context(folder, run)
+        steps: list[int] = []
+        real = TrainingRun._take_step
+
+        def counted(training: TrainingRun, objective: Any) -> None:
+            if training.state.step == die_at:
+                wait_for_uploads(context)
+                raise Killed
+            real(training, objective)
+            steps.append(training.state.step)
+            if training.state.step == stop_at:
+                context.stop.request()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainingRun, "_take_step", counted)
+            try:
+                output = STAGES[run.type].run(context)
+            except (Killed, Interrupted) as error:
+                return context, error, steps
+        return context, output, steps
+
+    @pytest.mark.parametrize(
+        ("type_", "lora", "every"),
+        [("sft", LORA, 2), ("sft", None, 3), ("dpo", {"rank": 4}, 2), ("pretrain", LORA, 5), ("dpo", None, 4)],
+    )
+    def test_killed_at_any_step(
+        self, tmp_path: Path, type_: str, lora: Any, every: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        settings: dict[str, Any] = {
+            "lora": lora,
+            "evaluation": 0.2,
+            "globalBatch": 5,
+            "epochs": 3,
+            "learningRate": 3e-3,
+            "schedule": {"type": "cosine", "warmupRatio": 0.2},
+            "weightDecay": 0.1,
+            "checkpointEverySteps": every,
+            "evaluateEverySteps": 4,
+            "tokensPerBatch": 96,
+        }
+        whole_run = training_run(tmp_path / "whole", type_, **settings)
+        _, whole, steps = self.attempt(tmp_path / "whole", whole_run, monkeypatch)
+        total = len(steps)
+        assert total >= 9
+        rng = random.Random(total)
+        deaths = sorted(rng.sample(range(every, total), 2))
+
+        folder = tmp_path / "killed"
+        run = training_run(folder, type_, **settings)
+        taken = 0
+        for number, death in enumerate(deaths):
+            _, ended, steps = self.attempt(folder / f"attempt-{number}", run, monkeypatch, die_at=death)
+            assert isinstance(ended, Killed)
+            taken += len(steps)
+        _, output, steps = self.attempt(folder / "last", run, monkeypatch)
+        taken += len(steps)
+        assert 0 < output.first_step < output.last_step == total
+        assert total <= taken < 2 * total
+        assert digest_of(output.folder) == digest_of(whole.folder)
+        timing = {"tokensPerSecond"}
+        assert {k: v for k, v in output.metrics.items() if k not in timing} == {
+            k: v for k, v in whole.metrics.items() if k not in timing
+        }
+
+    def test_stopped_on_request(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The checkpoint of the very step at which the stop was seen is committed before the stage ends."""
+        settings: dict[str, Any] = {"lora": LORA, "globalBatch": 4, "epochs": 2, "checkpointEverySteps": 100}
+        whole_run = training_run(tmp_path / "whole", "sft", **settings)
+        _, whole, _ = self.attempt(tmp_path / "whole", whole_run, monkeypatch)
+        run = training_run(tmp_path / "stopped", "sft", **settings)
+        _, ended, _ = self.attempt(tmp_path / "stopped" / "one", run, monkeypatch, stop_at=5)
+        assert isinstance(ended, Interrupted)
+        assert ended.step == 5
+        _, output, steps = self.attempt(tmp_path / "stopped" / "two", run, monkeypatch)
+        assert output.first_step == 5
+        assert steps[0] == 6
+        assert digest_of(output.folder) == digest_of(whole.folder)
+
+    def test_stopped_before_the_first_step(self, tmp_path: Path) -> None:
+        run = training_run(tmp_path, "dpo", lora={"rank": 4}, globalBatch=4)
+        context = stage_context(tmp_path, run)
+        context.stop.request()
+        with pytest.raises(Interrupted) as caught:
+            dpo.run(context)
+        assert caught.value.step == 0
+
+    def test_stopped_during_the_last_evaluation(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """All steps are done but the evaluation is not: the next attempt takes no step and evaluates."""
+        settings: dict[str, Any] = {"lora": LORA, "evaluation": 0.3, "globalBatch": 4, "maxSteps": 4, "epochs": 9}
+        whole_run = training_run(tmp_path / "whole", "sft", **settings)
+        _, whole, _ = self.attempt(tmp_path / "whole", whole_run, monkeypatch)
+        run = training_run(tmp_path / "stopped", "sft", **settings)
+        _, ended, _ = self.attempt(tmp_path / "stopped" / "one", run, monkeypatch, stop_at=4)
+        assert isinstance(ended, Interrupted)
+        _, output, steps = self.attempt(tmp_path / "stopped" / "two", run, monkeypatch)
+        assert steps == []
+        assert output.metrics["evalLoss"] == whole.metrics["evalLoss"]
+        assert output.metrics["evalLossStart"] == whole.metrics["evalLossStart"]
+        assert digest_of(output.folder) == digest_of(whole.folder)
+
+    def test_dpo_resumes_with_the_same_references_when_they_are_lost(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """All weights are trained, so the reference is the model before the checkpoint is taken up."""
+        settings: dict[str, Any] = {"lora": None, "globalBatch": 4, "epochs": 2, "checkpointEverySteps": 2}
+        whole_run = training_run(tmp_path / "whole", "dpo", learningRate=1e-3, **settings)
+        _, whole, _ = self.attempt(tmp_path / "whole", whole_run, monkeypatch)
+        run = training_run(tmp_path / "killed", "dpo", learningRate=1e-3, **settings)
+        context, ended, _ = self.attempt(tmp_path / "killed" / "one", run, monkeypatch, die_at=7)
+        assert isinstance(ended, Killed)
+        kept = list((Path(context.run_root.removeprefix("file://")) / "references").iterdir())
+        assert kept
+        for path in kept:
+            path.unlink()
+        _, output, _ = self.attempt(tmp_path / "killed" / "two", run, monkeypatch)
+        assert output.first_step == 6
+        assert digest_of(output.folder) == digest_of(whole.folder)
+
+
+def newest_checkpoint(run: StageRun, folder: Path) -> int:
+    """Step of the newest committed checkpoint; 0 where there is none."""
+    root = Path(stage_context(folder / "look", run).run_root.removeprefix("file://")) / "checkpoints"
+    found = [int(path.parent.name.partition("-")[0]) for path in root.glob("*/manifest.json")]
+    return max(found, default=0)
+
+
+def wait_for_checkpoint(process: subprocess.Popen[str], run: StageRun, folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 240
+    while newest_checkpoint(run, folder) < step:
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"no checkpoint of step {step}:\n{process.communicate()[0]}")
+        time.sleep(0.02)  # between two looks at a condition with a deadline
+
+
+def last_step_said(output: str) -> int:
+    return max((int(found) for found in re.findall(r"step (\d+)/\d+  loss", output)), default=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "type_"), [(1, "sft"), (2, "dpo")])
+def test_through_the_launcher(tmp_path: Path, processes: int, type_: str) -> None:
+    """Killed, then stopped, then left alone: three attempts end with the bits of one."""
+    settings: dict[str, Any] = {
+        "lora": {"rank": 4},
+        "evaluation": 0.1,
+        "rows": 120,
+        "globalBatch": 8,
+        "epochs": 5,
+        "learningRate": 1e-3,
+        "checkpointEverySteps": 3,
+        "processes": processes,
+    }
+    whole_run = training_run(tmp_path / "whole", type_, **settings)
+    whole = launch(whole_run, tmp_path / "whole" / "tmp", OMP_NUM_THREADS="1")
+    assert whole.exit_code == 0, whole.output
+    total = whole.result.last_step
+    assert total is not None
+    assert total > 50
+
+    rng = random.Random()
+    killed_after, stopped_after = rng.randint(3, 15), rng.randint(18, 30)
+    print(f"killed after step {killed_after}, stopped after step {stopped_after}")
+    folder = tmp_path / "killed"
+    first = training_run(folder, type_, attempt=1, **settings)
+    process = start_launcher(first, folder / "tmp-1", OMP_NUM_THREADS="1")
+    wait_for_checkpoint(process, first, folder, killed_after)
+    os.killpg(process.pid, signal.SIGKILL)
+    output = process.communicate(timeout=60)[0]
+    steps_taken = last_step_said(output)
+    assert steps_taken < total, "it was over before it could be killed"
+
+    second = training_run(folder, type_, attempt=2, **settings)
+    process = start_launcher(second, folder / "tmp-2", OMP_NUM_THREADS="1")
+    wait_for_checkpoint(process, second, folder, stopped_after)
+    process.send_signal(signal.SIGTERM)
+    stopped = finish_launcher(process, folder / "tmp-2")
+    assert stopped.exit_code == 143, stopped.output
+    assert stopped.result.outcome == "Stopped"
+
+    third = training_run(folder, type_, attempt=3, **settings)
+    ended = launch(third, folder / "tmp-3", OMP_NUM_THREADS="1")
+    assert ended.exit_code == 0, ended.output
+    assert "resuming from step" in ended.output
+    assert ended.result.first_step is not None
+    assert 0 < ended.result.first_step < total == ended.result.last_step
+    resumed_at = int(re.findall(r"resuming from step (\d+)", stopped.output)[0])
+    assert resumed_at > 0
+    steps_taken += last_step_said(stopped.output) - resumed_at + total - ended.result.first_step
+    assert total <= steps_taken < 2 * total
+    assert digest_of(output_folder(third)) == digest_of(output_folder(whole_run))
+    for name in ("loss", "evalLoss", "evalLossStart", "gradientNorm", "tokens"):
+        assert manifest_of(third).metrics[name] == manifest_of(whole_run).metrics[name]
