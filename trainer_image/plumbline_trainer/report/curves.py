@@ -97,6 +97,7 @@ def _draw(
             axes.plot(*held_out, color=_SECOND, linewidth=1.6, marker="o", markersize=5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.ticklabel_format(axis="y", useOffset=False)
         axes.set_xlabel("optimizer step")
         axes.margins(x=0.02)
         buffer = io.StringIO()

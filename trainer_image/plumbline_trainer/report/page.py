@@ -89,6 +89,7 @@ def render(facts: RunFacts, *, written: str) -> str:
         "duration": words.duration,
         "number": words.number,
         "percent": words.percent,
+        "compact": words.compact,
         "size": words.size,
         "short": lambda digest: "–" if not digest else str(digest)[:12],
     }
@@ -142,6 +143,8 @@ def _tile(finding: Finding) -> Tile:
         before = "{} won, {} tied, {} lost".format(*counts)
     elif before:
         before = f"{finding.baseline}: {before}"
+    if change := words.change_text(finding):
+        before = f"{before}, {change}"
     direction = {"better": "better", "worse": "worse", "unclear": "no clear difference"}[finding.direction]
     return Tile(
         label=finding.label[:1].upper() + finding.label[1:],
@@ -377,9 +380,12 @@ def _checks(facts: RunFacts, findings: list[Finding]) -> list[tuple[str, str]]:
 
 
 def _leak(leak: Any) -> str:
-    if not isinstance(leak, dict):
-        return str(leak)
-    return ", ".join(f"{key} {value}" for key, value in leak.items())
+    if not isinstance(leak, dict) or not {"trained", "tested", "count", "of"} <= set(leak):
+        return f"Held-out prompts are among those that were trained on: {leak}"
+    return (
+        f"{words.number(leak['count'])} of {words.number(leak['of'])} measured prompts of {leak['tested']} are among "
+        f"the training prompts of {leak['trained']}: figures over them flatter the model."
+    )
 
 
 def _flat(value: Any, path: str = "") -> list[tuple[str, str]]:

@@ -35,9 +35,11 @@ def verdict(facts: RunFacts, findings: Sequence[Finding]) -> tuple[str, str]:
 
 
 def _judged(findings: Sequence[Finding]) -> tuple[str, str]:
-    main = findings[0]
-    better = [finding for finding in findings if finding.direction == "better"]
-    worse = [finding for finding in findings if finding.direction == "worse"]
+    # What was trained on proves nothing, so it decides only where there is nothing else.
+    fair = [finding for finding in findings if not finding.in_sample] or findings
+    main = fair[0]
+    better = [finding for finding in fair if finding.direction == "better"]
+    worse = [finding for finding in fair if finding.direction == "worse"]
     said = describe(main)
     if main.in_sample:
         said += f" But the {' and '.join(main.in_sample)} took part in training: this flatters it."
@@ -62,7 +64,7 @@ def describe(finding: Finding) -> str:
         rule = " by the rule" if finding.judge is not None and finding.judge.startswith("rule") else ""
         clear = "" if finding.direction != "unclear" else " That is no clear difference."
         return (
-            f"{finding.policy.capitalize()}’s answers win {percent(finding.value.value)} of the comparisons with "
+            f"The answers of {finding.policy} win {percent(finding.value.value)} of the comparisons with "
             f"{finding.baseline}{rule} ({level(finding.confidence)} interval {percent(low)} to {percent(high)}).{clear}"
         )
     before = "" if finding.baseline_value is None else f"{shown(finding, finding.baseline_value)} before, "
@@ -71,6 +73,18 @@ def describe(finding: Finding) -> str:
     clear = "" if finding.direction != "unclear" else " That is no clear change."
     interval = f"{level(finding.confidence)} interval {interval_text(finding)}"
     return f"{what} {shown(finding, finding.value)}{unit} ({before}{interval}).{clear}"
+
+
+def change_text(finding: Finding) -> str:
+    """How far a figure moved from the baseline's, with its interval over paired rows; empty where it is not known."""
+    change = finding.change
+    if change is None or change.lower is None or change.upper is None:
+        return ""
+    if finding.kind == "perplexity":
+        moved, low, high = (f"{100 * (value - 1):+.1f}" for value in (change.value, change.lower, change.upper))
+        return f"change {moved}\u00a0% ({low} to {high})".replace("-", "−")
+    moved, low, high = (f"{100 * value:+.0f}" for value in (change.value, change.lower, change.upper))
+    return f"change {moved} points ({low} to {high})".replace("-", "−")
 
 
 def interval_text(finding: Finding) -> str:
@@ -88,12 +102,12 @@ def shown(finding: Finding, value: Value) -> str:
 
 def percent(value: float | None) -> str:
     """A share, such as `71 %`."""
-    return "unknown" if value is None else f"{100 * value:.0f} %"
+    return "unknown" if value is None else f"{100 * value:.0f}\u00a0%"
 
 
 def level(confidence: float) -> str:
     """A confidence level, such as `95 %`."""
-    return f"{100 * confidence:g} %"
+    return f"{100 * confidence:g}\u00a0%"
 
 
 def number(value: float | None) -> str:
@@ -101,9 +115,9 @@ def number(value: float | None) -> str:
     if value is None:
         return "–"
     if value == int(value) and abs(value) < 1e15:
-        return f"{int(value):,}".replace(",", " ")
+        return f"{int(value):,}".replace(",", "\u202f")
     if abs(value) >= 1000:
-        return f"{value:,.0f}".replace(",", " ")
+        return f"{value:,.0f}".replace(",", "\u202f")
     if abs(value) >= 100:
         return f"{value:.0f}"
     if abs(value) >= 10:
@@ -111,6 +125,14 @@ def number(value: float | None) -> str:
     if abs(value) >= 0.01:
         return f"{value:.3g}"
     return f"{value:.1e}"
+
+
+def compact(count: float) -> str:
+    """A count, such as `135M`."""
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= unit:
+            return f"{count / unit:.0f}{letter}" if count >= 10 * unit else f"{count / unit:.1f}{letter}"
+    return f"{count:.0f}"
 
 
 def duration(seconds: float | None) -> str:
