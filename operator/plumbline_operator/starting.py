@@ -39,8 +39,8 @@ def suspend_attempts(draft: Draft, roles: Sequence[str] = STAGE_ROLES) -> None:
     for job in draft.snapshot.jobs:
         if not job.owned or job.deleting or is_over(job) or job.name in stopping or job.role not in roles:
             continue
+        queued = is_queued_elsewhere(job, draft.record)
         if not job.suspended:
-            queued = is_queued_elsewhere(job, draft.record)
             draft.actions.append(StopStage(job.name, "suspended") if queued else SuspendStage(job.name, suspend=True))
         entry = _entry_of(draft, job)
         if entry is None:
@@ -49,7 +49,8 @@ def suspend_attempts(draft: Draft, roles: Sequence[str] = STAGE_ROLES) -> None:
         if job.active or not job.suspended:
             changes = {"reason": SUSPENDING, "message": None}
         held = held_gpu_seconds(job, draft.now)
-        if held and not _was_told(draft, job):
+        if held and not queued and not _was_told(draft, job):
+            # A resumed Job counts from its resumption; one that is stopped is counted when it has ended.
             changes["gpu_seconds"] = round((entry.gpu_seconds or 0.0) + held, 3)
         draft.update(entry.name, **changes)
 

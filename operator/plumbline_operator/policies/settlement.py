@@ -15,7 +15,7 @@ from plumbline_operator.policies.failures import judge_failure
 from plumbline_operator.policies.identity import LIVE_PHASES, is_accounted
 from plumbline_operator.policies.retries import next_start
 from plumbline_operator.policies.usage import attempt_gpu_seconds
-from plumbline_operator.policies.waiting import waiting_words
+from plumbline_operator.policies.waiting import STOPPING_WORDS, waiting_words
 from plumbline_operator.settings import PlanSettings
 from plumbline_operator.snapshot import JobView
 
@@ -106,6 +106,8 @@ def _live(entry: StageStatus, job: JobView) -> StageStatus:
     if job.state == "waiting":
         reason, message = waiting_words(job)
         return entry.model_copy(update={"phase": "Queued", "reason": reason, "message": message, "progress": None})
+    if job.deleting:
+        return entry.model_copy(update={"phase": "Running", "reason": "Stopping", "message": STOPPING_WORDS})
     if entry.phase == "Running" and entry.reason == SUSPENDING and job.suspended:
         return entry
     return entry.model_copy(update={"phase": "Running", "reason": None, "message": None})

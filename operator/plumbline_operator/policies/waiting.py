@@ -17,13 +17,14 @@ _REMEDIES = {
     "serviceaccount": "create the service account in the pipeline's namespace",
 }
 _KEY_MISSING = re.compile(r"couldn't find key (\S+) in Secret (\S+)", re.IGNORECASE)
+STOPPING_WORDS = "the attempt is being stopped"
 _IMAGE_REASONS = frozenset({"ImagePullBackOff", "ErrImagePull", "ErrImageNeverPull", "InvalidImageName"})
 
 
 def waiting_words(job: JobView) -> tuple[str | None, str | None]:
     """Reason and message for a job that waits: what the cluster says, and the remedy where one is known."""
     if job.deleting:
-        return "Stopping", "the attempt is being stopped"
+        return "Stopping", STOPPING_WORDS
     if job.waiting_reason is None:
         return ("WaitingForQueue", "the queue has not admitted the job yet") if job.suspended else (None, None)
     message = job.waiting_message
