@@ -7,26 +7,23 @@ derived, deletions name a uid, the status names the version that it was derived 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
-from plumbline_api.base import GROUP_VERSION
 from plumbline_api.record import RunRecord
 from plumbline_api.status import PipelineStatus
 
+from plumbline_operator.announcer import Announcer
 from plumbline_operator.cache import Cache
 from plumbline_operator.errors import (
     AlreadyExistsError,
-    ApiError,
     ConflictError,
     NotFoundError,
     RefusedError,
     ReobserveError,
 )
 from plumbline_operator.jobs import controller_of
-from plumbline_operator.kube import EVENTS, JOBS, PIPELINES, SERVICES, Kube, Manifest
+from plumbline_operator.kube import JOBS, PIPELINES, SERVICES, Kube, Manifest
 from plumbline_operator.record import RecordStore
 from plumbline_operator.refusals import Refusals
 from plumbline_operator.rendering import RenderSettings, render_job, render_service
@@ -35,7 +32,6 @@ from plumbline_operator.snapshot import (
     DeletePipeline,
     FreezeRecord,
     Plan,
-    PlannedEvent,
     Snapshot,
     StartStage,
     StopStage,
@@ -46,8 +42,6 @@ from plumbline_operator.statuspatch import merge_patch
 logger = logging.getLogger(__name__)
 
 ORDER = (FreezeRecord, StopStage, SuspendStage, StartStage, DeletePipeline)
-NOTE_MAX = 1024
-REPORTER = "plumbline.dev/operator"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +61,7 @@ class Applier:
     records: RecordStore
     refusals: Refusals
     rendering: RenderSettings
-    identity: str = "plumbline"
+    announcer: Announcer
 
     async def apply(self, plan: Plan, snapshot: Snapshot) -> Applied:
         """Carry a plan out.
@@ -86,7 +80,7 @@ class Applier:
                 started.append(action.job)
         if plan.status is not None:
             await self._write_status(snapshot, plan.status)
-        await self._write_events(snapshot, plan.events)
+        self.announcer.announce(_metadata(snapshot), plan.events)
         return Applied(tuple(started))
 
     async def _carry_out(self, action: Action, snapshot: Snapshot, record: RunRecord | None) -> bool:
@@ -210,38 +204,6 @@ class Applier:
             self.cache.drop_pipeline((metadata["namespace"], metadata["name"]), metadata["uid"])
             raise ReobserveError("the pipeline is gone") from error
         self.cache.put_pipeline(answer)
-
-    async def _write_events(self, snapshot: Snapshot, events: Sequence[PlannedEvent]) -> None:
-        """Tell people. An event that cannot be written is logged and forgotten: status has said it already."""
-        for number, event in enumerate(events):
-            try:
-                await self.kube.create(EVENTS, self._event(snapshot, event, number), _place(snapshot)[0])
-            except ApiError as error:
-                logger.warning("event %s is lost: %s", event.reason, error)
-
-    def _event(self, snapshot: Snapshot, event: PlannedEvent, number: int) -> Manifest:
-        metadata, now = _metadata(snapshot), datetime.now(UTC)
-        stamp = int(now.timestamp() * 1e6) + number
-        return {
-            "apiVersion": "events.k8s.io/v1",
-            "kind": "Event",
-            "metadata": {"name": f"{metadata['name']}.{stamp:x}", "namespace": metadata["namespace"]},
-            "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
-            "reportingController": REPORTER,
-            "reportingInstance": self.identity[:128],
-            "action": "Reconcile",
-            "type": event.type,
-            "reason": event.reason[:128],
-            "note": event.message.encode()[:NOTE_MAX].decode(errors="ignore"),
-            "regarding": {
-                "apiVersion": GROUP_VERSION,
-                "kind": "AlignmentPipeline",
-                "name": metadata["name"],
-                "namespace": metadata["namespace"],
-                "uid": metadata["uid"],
-                "resourceVersion": metadata["resourceVersion"],
-            },
-        }
 
 
 def _metadata(snapshot: Snapshot) -> dict[str, Any]:

@@ -55,6 +55,8 @@ class JobFacts:
     failed_reason: str | None = None
     """Reason of the condition Failed, such as DeadlineExceeded."""
     failed_message: str = ""
+    is_ending: bool = False
+    """Whether its pods have ended and its own end is about to follow."""
 
     @property
     def key(self) -> Key | None:
@@ -94,6 +96,7 @@ def read_job(job: dict[str, Any]) -> JobFacts | None:
         fingerprint=annotations.get(ANNOTATION_FINGERPRINT, ""),
         attempt=int(attempt),
         state=_state(status, complete=complete is not None, failed=failed is not None),
+        is_ending=ended is None and _is_ending(status),
         suspended=bool(spec.get("suspend")),
         deleting="deletionTimestamp" in metadata,
         active=bool(status.get("active")) or bool(status.get("terminating")),
@@ -124,18 +127,22 @@ def _state(status: dict[str, Any], *, complete: bool, failed: bool) -> JobState:
         return "succeeded"
     if failed:
         return "failed"
-    uncounted = status.get("uncountedTerminatedPods") or {}
     # Between the end of its pods and its own a Job has no ready pod any more; it must not look as if it waited.
-    is_ending = (
-        status.get("succeeded")
-        or status.get("failed")
-        or status.get("terminating")
-        or uncounted.get("succeeded")
-        or uncounted.get("failed")
-        or _condition(status, "FailureTarget")
-        or _condition(status, "SuccessCriteriaMet")
+    return "running" if status.get("ready") or _is_ending(status) else "waiting"
+
+
+def _is_ending(status: dict[str, Any]) -> bool:
+    uncounted = status.get("uncountedTerminatedPods") or {}
+    signs = (
+        status.get("succeeded"),
+        status.get("failed"),
+        status.get("terminating"),
+        uncounted.get("succeeded"),
+        uncounted.get("failed"),
+        _condition(status, "FailureTarget"),
+        _condition(status, "SuccessCriteriaMet"),
     )
-    return "running" if status.get("ready") or (is_ending and not status.get("active")) else "waiting"
+    return not status.get("active") and any(signs)
 
 
 def _gpus(spec: dict[str, Any]) -> int:

@@ -15,6 +15,7 @@ import kopf
 from plumbline_api.base import API_GROUP
 from plumbline_api.names import FINALIZER
 
+from plumbline_operator.announcer import Announcer
 from plumbline_operator.apply import Applier
 from plumbline_operator.cache import Cache
 from plumbline_operator.certificates import (
@@ -101,7 +102,8 @@ class Operator:
             progress_audience=settings.progress_audience,
             progress_ca_pem=self.certificate.authority_pem if self.certificate is not None else None,
         )
-        applier = Applier(self.kube, self.cache, records, self.refusals, rendering, settings.identity)
+        self.announcer = Announcer(self.kube, settings.identity)
+        applier = Applier(self.kube, self.cache, records, self.refusals, rendering, self.announcer)
         self.controller = Controller(self.kube, self.cache, self.observer, applier, settings.plan, self.metrics)
         self.queue: WorkQueue[Key] = WorkQueue(
             self.controller.reconcile,
@@ -133,7 +135,12 @@ class Operator:
             ):
                 stack.push_async_callback(runner.cleanup)
             await self.resync.first()
-            parts: list[Coroutine[Any, Any, None]] = [self.queue.run(), self.resync.run(), self._watch()]
+            parts: list[Coroutine[Any, Any, None]] = [
+                self.queue.run(),
+                self.announcer.run(),
+                self.resync.run(),
+                self._watch(),
+            ]
             if self.certificate is not None:
                 checker = TokenChecker(self.kube, self.cache, settings.progress_audience)
                 server = ProgressServer(checker, self.progress, self.queue.add, self.metrics)

@@ -10,6 +10,8 @@ import base64
 import contextlib
 import hashlib
 import json
+import secrets
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -18,9 +20,10 @@ from typing import Any
 
 from plumbline_api.stagerun import STAGE_ENV, PreflightFindings, StageResult, StageRun
 from plumbline_operator.errors import ApiError, NotFoundError
-from plumbline_operator.kube import PODS
+from plumbline_operator.kube import PODS, Resource
 from support.liveapi import LiveApi, Manifest
 
+NODES = Resource("v1", "nodes", namespaced=False)
 SELECTOR = "app.kubernetes.io/managed-by=plumbline"
 
 
@@ -99,34 +102,64 @@ class FakeKubelet:
     """By namespace and stage (also `preflight`, `finalize`, `collect`)."""
     starts: Counter[tuple[str, str]] = field(default_factory=Counter)
     runs: list[StageRun] = field(default_factory=list)
+    stop_result: Callable[[StageRun], Ending] = lambda run: Ending(None, exit_code=143, reason="Error")
+    """How a pod that is deleted while it runs ends."""
+    node: str = field(default_factory=lambda: f"fake-{secrets.token_hex(4)}")
     _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _seen: set[str] = field(default_factory=set)
     _errors: list[BaseException] = field(default_factory=list)
 
     async def __aenter__(self) -> FakeKubelet:
+        await self._make_node()
         self._main = asyncio.create_task(self._watch())
+        self._heart = asyncio.create_task(self._beat())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in [self._main, *self._tasks.values()]:
+        tasks = [self._main, self._heart, *self._tasks.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(self._main, *self._tasks.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.api._request("delete", NODES, NODES.path(None, self.node))
         if self._errors:
             raise self._errors[0]
 
     def script(self, namespace: str, stage: str, script: Script) -> None:
         self.scripts[namespace, stage] = script
 
+    async def _make_node(self) -> None:
+        room = {"cpu": "1000", "memory": "4000Gi", "ephemeral-storage": "100Ti", "pods": "10000"}
+        await self.api.create(NODES, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": self.node}})
+        await self._tell_node({"capacity": room, "allocatable": room})
+        deadline = time.monotonic() + 30
+        while (await self.api.get(NODES, self.node))["spec"].get("taints"):
+            assert time.monotonic() < deadline, "the node stays tainted"
+            await asyncio.sleep(0.1)
+
+    async def _tell_node(self, more: Manifest) -> None:
+        ready = {"type": "Ready", "status": "True", "reason": "KubeletReady", "lastHeartbeatTime": now()}
+        await self.api.patch(NODES, self.node, None, {"status": {"conditions": [ready], **more}}, "status")
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(8)
+            await self._tell_node({})
+
     async def _watch(self) -> None:
         async for type_, pod in self.api.watch(PODS, SELECTOR):
             uid = pod["metadata"]["uid"]
+            if pod["spec"].get("nodeName") != self.node:
+                continue
+            if type_ != "DELETED" and (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed"):
+                self._seen.add(uid)
             if type_ == "DELETED":
                 if (task := self._tasks.pop(uid, None)) is not None:
                     task.cancel()
             elif "deletionTimestamp" in pod["metadata"]:
                 if (task := self._tasks.pop(uid, None)) is not None:
                     task.cancel()
-                self._tasks[uid + "/end"] = asyncio.create_task(self._terminate(pod))
+                if uid + "/end" not in self._tasks:
+                    self._tasks[uid + "/end"] = asyncio.create_task(self._terminate(pod))
             elif uid not in self._seen:
                 self._seen.add(uid)
                 task = asyncio.create_task(self._live(pod))
@@ -154,8 +187,8 @@ class FakeKubelet:
         """What a kubelet does with a deleted pod whose process has stopped: tell how it ended, then let it go."""
         with contextlib.suppress(ApiError):
             if (pod.get("status") or {}).get("phase") not in ("Succeeded", "Failed"):
-                await self.patch_status(pod, ended(Ending(None, exit_code=143, reason="Error")))
-            await self.api._request(  # noqa: SLF001
+                await self.patch_status(pod, ended(self.stop_result(stage_run_of(pod))))
+            await self.api._request(
                 "delete",
                 PODS,
                 PODS.path(pod["metadata"]["namespace"], pod["metadata"]["name"]),

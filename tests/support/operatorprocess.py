@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,8 +28,7 @@ def install(cluster: ControlPlane, *users: str) -> None:
     for crd in crds():
         cluster.kubectl("wait", "--for=condition=Established", f"crd/{crd['metadata']['name']}", "--timeout=30s")
     rules = [
-        {"apiGroups": list(rule.groups), "resources": list(rule.resources), "verbs": list(rule.verbs)}
-        for rule in RULES
+        {"apiGroups": list(rule.groups), "resources": list(rule.resources), "verbs": list(rule.verbs)} for rule in RULES
     ]
     api = "rbac.authorization.k8s.io"
     cluster.apply(
@@ -103,10 +100,11 @@ class OperatorProcess:
             await asyncio.sleep(0.05)
 
     def _answers(self, port: str, path: str) -> bytes | None:
-        with contextlib.suppress(OSError, urllib.error.URLError):
+        try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.ports[port]}{path}", timeout=5) as reply:
                 return bytes(reply.read()) or b"ok"
-        return None
+        except OSError:  # urllib's errors are
+            return None
 
     async def metric(self, name: str, **labels: str) -> float:
         """The value of a metric."""

@@ -16,13 +16,16 @@ from plumbline_api.names import LABEL_MANAGED_BY, MANAGED_BY
 from plumbline_operator.cache import Cache
 from plumbline_operator.jobs import Key
 
+ENDING_SECONDS = 2.0
+
 
 @dataclass(slots=True)
 class Watcher:
     """Feeds the cache and the queue from watches."""
 
     cache: Cache
-    enqueue: Callable[[Key], None]
+    enqueue: Callable[[Key, float], None]
+    """Asks for a pass after so many seconds."""
     on_job_gone: Callable[[str, str], None] = lambda namespace, name: None
     on_pipeline_gone: Callable[[str], None] = lambda uid: None
 
@@ -41,7 +44,7 @@ class Watcher:
             self.cache.drop_pipeline(key, metadata["uid"])
             self.on_pipeline_gone(metadata["uid"])
         elif self.cache.put_pipeline(body):
-            self.enqueue(key)
+            self.enqueue(key, 0.0)
 
     async def job_event(self, event: kopf.RawEvent, **_: Any) -> None:
         """A Job of ours has come, changed or gone."""
@@ -53,7 +56,8 @@ class Watcher:
         else:
             facts = self.cache.put_job(body)
         if facts is not None and facts.key is not None and self.cache.pipeline(facts.key) is not None:
-            self.enqueue(facts.key)
+            # A Job whose pods have ended ends itself within milliseconds: a pass in between would only be in the way.
+            self.enqueue(facts.key, ENDING_SECONDS if facts.is_ending and not facts.suspended else 0.0)
 
     async def runtime_event(self, event: kopf.RawEvent, **_: Any) -> None:
         """A runtime has come, changed or gone: pipelines that wait for one, or are refused by one, look again."""
@@ -64,4 +68,4 @@ class Watcher:
         elif not self.cache.put_runtime(body):
             return
         for key in self.cache.pipeline_keys():
-            self.enqueue(key)
+            self.enqueue(key, 0.0)

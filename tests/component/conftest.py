@@ -1,0 +1,125 @@
+"""An operator process against a real API server and real controllers; a fake kubelet in place of a node."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plumbline_operator.errors import NotFoundError
+from plumbline_operator.kube import JOBS, PIPELINES
+from support.cluster_fixtures import ControlPlane
+from support.fakekubelet import FakeKubelet
+from support.liveapi import LiveApi, eventually, live_api
+from support.operatorprocess import OperatorProcess, install
+from support.pipelines import pipeline_body
+
+OPERATORS = ("operator-a", "operator-b")
+ENDED = ("Succeeded", "Failed", "Refused")
+
+
+@pytest.fixture(scope="session")
+def installed(control_plane: ControlPlane) -> ControlPlane:
+    """The control plane with CRDs, a default runtime and rights for two operators."""
+    install(control_plane, *OPERATORS)
+    return control_plane
+
+
+@pytest.fixture
+async def api(installed: ControlPlane) -> AsyncIterator[LiveApi]:
+    async with live_api(installed.kubeconfig) as client:
+        yield client
+
+
+@pytest.fixture
+async def kubelet(api: LiveApi) -> AsyncIterator[FakeKubelet]:
+    async with FakeKubelet(api) as found:
+        yield found
+
+
+@pytest.fixture
+def idle_operator(installed: ControlPlane, tmp_path: Path) -> Iterator[OperatorProcess]:
+    """An operator that has not been started; ended and looked over at the end."""
+    kubeconfig = installed.kubeconfig_for(tmp_path / "operator.kubeconfig", OPERATORS[0])
+    operator = OperatorProcess(kubeconfig, tmp_path)
+    yield operator
+    if operator.process is not None and operator.process.poll() is None:
+        assert operator.stop() == 0, operator.tail()
+        assert not operator.defects(), operator.tail()
+
+
+@pytest.fixture
+async def operator(idle_operator: OperatorProcess) -> OperatorProcess:
+    """A running operator."""
+    idle_operator.start()
+    await idle_operator.ready()
+    return idle_operator
+
+
+@dataclass
+class Tenant:
+    """What a user does and sees in a namespace."""
+
+    api: LiveApi
+    namespace: str
+    log: OperatorProcess | None = None
+
+    async def apply(self, name: str = "run", **fields: Any) -> dict[str, Any]:
+        body = pipeline_body(name=name, namespace=self.namespace, **fields)
+        for given_by_server in ("uid", "generation"):
+            del body["metadata"][given_by_server]
+        return await self.api.create(PIPELINES, body, self.namespace)
+
+    async def edit(self, name: str = "run", **spec: Any) -> None:
+        await self.api.patch(PIPELINES, name, self.namespace, {"spec": spec})
+
+    async def see(self, name: str = "run") -> dict[str, Any]:
+        return await self.api.get(PIPELINES, name, self.namespace)
+
+    async def phases(self, name: str = "run") -> dict[str, str]:
+        status = (await self.see(name)).get("status") or {}
+        return {entry["name"]: entry["phase"] for entry in status.get("stages", [])}
+
+    async def stage(self, stage: str, name: str = "run") -> dict[str, Any]:
+        status = (await self.see(name)).get("status") or {}
+        return next((entry for entry in status.get("stages", []) if entry["name"] == stage), {})
+
+    async def until(self, what: str, found: Any, seconds: float = 60) -> Any:
+        return await eventually(what, found, seconds, explain=lambda: self.log.tail() if self.log else "")
+
+    async def until_stage(self, stage: str, name: str = "run", seconds: float = 60, **wanted: Any) -> dict[str, Any]:
+        async def found() -> dict[str, Any] | None:
+            entry = await self.stage(stage, name)
+            return entry if entry and all(entry.get(key) == value for key, value in wanted.items()) else None
+
+        return await self.until(f"stage {stage} {wanted}", found, seconds)
+
+    async def until_phase(self, *phases: str, name: str = "run", seconds: float = 90) -> dict[str, Any]:
+        async def found() -> dict[str, Any] | None:
+            pipeline = await self.see(name)
+            return pipeline if (pipeline.get("status") or {}).get("phase") in phases else None
+
+        return await self.until(f"phase {' or '.join(phases)}", found, seconds)
+
+    async def until_ended(self, name: str = "run", seconds: float = 90) -> dict[str, Any]:
+        return await self.until_phase(*ENDED, name=name, seconds=seconds)
+
+    async def until_gone(self, name: str = "run", seconds: float = 60) -> None:
+        async def gone() -> bool:
+            try:
+                await self.see(name)
+            except NotFoundError:
+                return True
+            return False
+
+        await self.until(f"{name} is gone", gone, seconds)
+
+    async def jobs(self) -> list[dict[str, Any]]:
+        return await self.api.list(JOBS, self.namespace)
+
+
+@pytest.fixture
+def tenant(api: LiveApi, namespace: str, idle_operator: OperatorProcess) -> Tenant:
+    return Tenant(api, namespace, idle_operator)
