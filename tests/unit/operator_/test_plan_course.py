@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 from plumbline_operator.snapshot import FreezeRecord, StartStage
 from support.planning import FORK, World, pipeline_body
 
@@ -38,3 +41,13 @@ def test_independent_stages_run_side_by_side():
     assert "join" not in {job.stage for job in world.jobs.values()}
     world.go("right")
     assert {job.stage for job in world.live()} == {"join"}
+
+
+def test_decisions_and_rendering_know_no_cluster_library():
+    """A laptop runs the same decisions without any of them installed."""
+    program = (
+        "import sys, plumbline_operator.plan, plumbline_operator.rendering\n"
+        "print(sorted({'kopf', 'kubernetes', 'aiohttp'} & {name.split('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def job_of(world: World, stage: str, settings: RenderSettings = PLAIN) -> dict[s
     return render_job(started(world, stage), world.records[1], settings)
 
 
+@cache
 def cases() -> dict[str, list[dict[str, Any]]]:
     """Manifests by golden file."""
     one_stage = [{"name": "sft", "sft": {"dataset": "tickets"}, "timeout": "2h"}]
