@@ -46,16 +46,16 @@ test-unit: $(VENV)/.dev ## Tests that need no cluster and no network
 	$(BIN)/python -m pytest tests/unit
 
 check: $(VENV)/.dev ## Format, lint, types, import rules, generated files, licences
-	$(BIN)/ruff format --check operator trainer_image tests hack
-	$(BIN)/ruff check operator trainer_image tests hack
+	$(BIN)/ruff format --check operator trainer_image tests hack charts
+	$(BIN)/ruff check operator trainer_image tests hack charts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m plumbline_api.generate --check
 	$(BIN)/pip-licenses --from=mixed > /dev/null
 
 format: $(VENV)/.dev ## Format and mend what can be mended
-	$(BIN)/ruff format operator trainer_image tests hack
-	$(BIN)/ruff check --fix operator trainer_image tests hack
+	$(BIN)/ruff format operator trainer_image tests hack charts
+	$(BIN)/ruff check --fix operator trainer_image tests hack charts
 
 gen: $(VENV)/.dev ## Write CRDs, the chart's copy and the reference from the models
 	$(BIN)/python -m plumbline_api.generate
