@@ -113,6 +113,8 @@ class PlainLines:
             self._stopping = True
             self._console.print("stopping after a checkpoint; press Ctrl-C again to stop at once")
         for line in lines_of(view):
+            if line.phase == "Queued" and not line.message:
+                continue  # it starts in a moment
             if line.phase != self._phases.get(line.name, "Pending"):
                 self._print_phase(line)
             elif line.phase == "Running":

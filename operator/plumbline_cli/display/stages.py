@@ -18,7 +18,7 @@ KEY_FIGURES: dict[str, tuple[str, ...]] = {
     "pretrain": ("evalLoss", "loss"),
     "sft": ("evalLoss", "loss"),
     "dpo": ("evalRewardAccuracy", "rewardAccuracy", "loss", "rewardMargin"),
-    "merge": ("lostShare", "logitKl"),
+    "merge": ("lostPart", "logitKl"),
     "evaluate": ("winRate", "preferenceAccuracy", "perplexity"),
 }
 """Figures of a stage that are shown on its line, by type, most telling first."""
@@ -56,7 +56,7 @@ class StageLine:
         """What to say of a stage that has ended or waits."""
         if self.phase == "Succeeded":
             time = "found in storage" if self.cached else duration(self.seconds) if self.seconds is not None else ""
-            return "   ".join(part for part in (time, ", ".join(self.notes) or self.figures_text) if part)
+            return "   ".join(part for part in (time, "; ".join(self.notes) or self.figures_text) if part)
         if self.phase == "Pending":
             if self.message:
                 return self.message
@@ -159,5 +159,10 @@ def _number(text: str) -> str:
 
 
 def _words(name: str) -> str:
-    """`preferenceAccuracy` as `preference accuracy`."""
-    return "".join(f" {c.lower()}" if c.isupper() else c for c in name)
+    """`preferenceAccuracy` as `preference accuracy`, `evalLoss` as `held-out loss`."""
+    name = f"heldOut{name[4:]}" if name.startswith("eval") else name
+    return (
+        "".join(f" {c.lower()}" if c.isupper() else c for c in name)
+        .replace("held out", "held-out")
+        .replace(" kl", " KL")
+    )

@@ -1,0 +1,114 @@
+"""The command, the planner and the real trainer on this machine: no cluster, no mock."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tiny import save_model
+
+ROOT = Path(__file__).resolve().parents[2]
+DECLARED = ["domain", "sft", "dpo", "final", "exam"]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "example"
+    shutil.copytree(ROOT / "examples" / "03-tiny", folder, ignore=shutil.ignore_patterns("model"))
+    save_model(folder / "model")
+    return folder
+
+
+def plumbline(*arguments: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "plumbline_cli.main", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=540, check=False)
+
+
+def trainers_started(folder: Path) -> list[str]:
+    [state] = folder.glob("runs/default/pipelines/tiny/*/state.json")
+    return [job["stage"] for job in json.loads(state.read_text())["jobs"]]
+
+
+def test_the_tiny_chain_runs_whole_then_from_storage_then_what_was_damaged(example):
+    planned = plumbline("plan", "pipeline.yaml", "-o", "json", cwd=example)
+    assert planned.returncode == 0, planned.stdout + planned.stderr
+    forecast = json.loads(planned.stdout)
+    assert [stage["action"] for stage in forecast["stages"]] == ["run"] * 5
+    assert forecast["stages"][1]["estimate"]["steps"] == 6
+
+    first = plumbline("run", "pipeline.yaml", cwd=example)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert trainers_started(example) == ["preflight", *DECLARED, "finalize"]
+    assert "perplexity" in first.stdout
+    model = next(line.split()[1] for line in first.stdout.splitlines() if line.strip().startswith("model "))
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (example / model).iterdir()}
+    report = next(line.split()[1] for line in first.stdout.splitlines() if line.strip().startswith("report "))
+    assert (example / report).read_text().lstrip().lower().startswith("<!doctype html")
+
+    second = plumbline("run", "pipeline.yaml", cwd=example)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "all 5 stages found in storage" in second.stdout
+    assert not set(trainers_started(example)) & set(DECLARED), "nothing was trained"
+
+    weights = example / model / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    third = plumbline("run", "pipeline.yaml", cwd=example)
+    assert third.returncode == 0, third.stdout + third.stderr
+    started = trainers_started(example)
+    assert "final" in started, "one flipped byte is a miss"
+    assert not {"domain", "sft", "dpo"} & set(started)
+
+
+def test_ctrl_c_stops_after_a_checkpoint_and_the_next_call_resumes(example):
+    manifest = (example / "pipeline.yaml").read_text().replace("name: tiny", "name: stopped")
+    # Another seed is other work: nothing of the run above is in storage. Many steps leave time to interrupt.
+    manifest = manifest.replace("seed: 7", "seed: 8").replace("maxSteps: 6", "maxSteps: 400, warmup: 0")
+    manifest = manifest.replace(", warmup: 0", "").replace("epochs: 9", "epochs: 200")
+    (example / "stopped.yaml").write_text(manifest)
+    command = [sys.executable, "-m", "plumbline_cli.main", "run", "stopped.yaml"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    run = subprocess.Popen(
+        command, cwd=example, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert run.stdout is not None
+    output = []
+    for line in run.stdout:
+        output.append(line)
+        if line.startswith("▶ sft: step"):
+            run.send_signal(signal.SIGINT)
+            break
+    output.append(run.communicate(timeout=300)[0])
+    assert run.returncode == 130, "".join(output)
+    assert "goes on from its last checkpoint with: plumbline run stopped.yaml" in "".join(output)
+
+    again = plumbline("run", "stopped.yaml", cwd=example)
+    assert again.returncode == 0, again.stdout + again.stderr
+    [state] = example.glob("runs/default/pipelines/stopped/*/state.json")
+    jobs = {job["stage"]: job for job in json.loads(state.read_text())["jobs"]}
+    assert "domain" not in jobs, "it was finished before, and found in storage"
+    assert 0 < jobs["sft"]["result"]["firstStep"] < jobs["sft"]["result"]["lastStep"] == 400
+
+
+def test_a_bad_row_is_named_by_plan_before_anything_trains(example, tmp_path):
+    folder = tmp_path / "bad"
+    shutil.copytree(example, folder, ignore=shutil.ignore_patterns("runs"))
+    data = folder / "data" / "preferences.jsonl"
+    lines = data.read_text().splitlines()
+    lines[2] = json.dumps({**json.loads(lines[2]), "chosen": 3})
+    data.write_text("\n".join(lines))
+    ended = plumbline("plan", "pipeline.yaml", cwd=folder)
+    assert ended.returncode == 2, ended.stdout + ended.stderr
+    words = " ".join(ended.stdout.split())
+    assert "preferences.jsonl" in words
+    assert "line 3" in words
+    assert "Traceback" not in ended.stdout + ended.stderr
