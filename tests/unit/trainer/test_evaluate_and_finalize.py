@@ -279,7 +279,7 @@ def test_documents_of_a_run_that_succeeded(done, tmp_path):
     assert len(header["model-index"][0]["results"]) == 4
 
     page = (folder / "report.html").read_text()
-    assert page.count("<figure>") == 5
+    assert page.count("<figure>") == 4
     assert "4 min 10 s" in page
     assert "in-sample" in page
     for sign in ("<script", "http://", "src=", "<link", "@import", "url(http"):

@@ -28,8 +28,8 @@ class Panel:
 
 
 PANELS: dict[str, tuple[Panel, ...]] = {
-    "pretrain": (Panel("Loss per token", "loss", "evalLoss"), Panel("Learning rate", "learningRate")),
-    "sft": (Panel("Loss per token", "loss", "evalLoss"), Panel("Learning rate", "learningRate")),
+    "pretrain": (Panel("Loss per token", "loss", "evalLoss"),),
+    "sft": (Panel("Loss per token", "loss", "evalLoss"),),
     "dpo": (
         Panel("Loss", "loss", "evalLoss", 0.6931471805599453),
         Panel("Chosen preferred to rejected", "rewardAccuracy", "evalRewardAccuracy", 0.5),

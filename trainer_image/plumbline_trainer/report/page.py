@@ -91,6 +91,7 @@ def render(facts: RunFacts, *, written: str) -> str:
         "percent": words.percent,
         "compact": words.compact,
         "size": words.size,
+        "perplexity": words.perplexity,
         "short": lambda digest: "–" if not digest else str(digest)[:12],
     }
     return environment.get_template("report.html.j2").render(page=build(facts, written=written))
@@ -113,6 +114,7 @@ def build(facts: RunFacts, *, written: str) -> dict[str, Any]:
         "stages": [_stage_row(facts, stage) for stage in facts.stages],
         "cost": _cost(facts),
         "final": _final(facts),
+        "succeeded": facts.succeeded,
         "trainings": [made for stage in facts.stages if (made := _training(stage)) is not None],
         "answers": [made for stage in facts.evaluations for made in _answer_sets(stage)],
         "datasets": _datasets(facts),
@@ -140,7 +142,7 @@ def _tile(finding: Finding) -> Tile:
     before = "" if finding.baseline_value is None else words.shown(finding, finding.baseline_value)
     if finding.kind == "winRate":
         counts = [finding.document.get(key, 0) for key in ("wins", "ties", "losses")]
-        before = "{} won, {} tied, {} lost".format(*counts)
+        before = "{} won, {} tied (each counts half), {} lost".format(*counts)
     elif before:
         before = f"{finding.baseline}: {before}"
     if change := words.change_text(finding):

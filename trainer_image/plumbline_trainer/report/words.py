@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from plumbline_trainer.report.facts import GATE_FAILED, RunFacts
-from plumbline_trainer.report.figures import Finding, Value
+from plumbline_trainer.report.figures import BASE, Finding, Value
 
 PHASE_WORDS = {
     "Succeeded": "done",
@@ -59,20 +59,24 @@ def _judged(findings: Sequence[Finding]) -> tuple[str, str]:
 
 def describe(finding: Finding) -> str:
     """A finding as a sentence with its interval."""
-    low, high = finding.value.lower, finding.value.upper
-    if finding.kind == "winRate":
-        rule = " by the rule" if finding.judge is not None and finding.judge.startswith("rule") else ""
-        clear = "" if finding.direction != "unclear" else " That is no clear difference."
-        return (
-            f"The answers of {finding.policy} win {percent(finding.value.value)} of the comparisons with "
-            f"{finding.baseline}{rule} ({level(finding.confidence)} interval {percent(low)} to {percent(high)}).{clear}"
-        )
-    before = "" if finding.baseline_value is None else f"{shown(finding, finding.baseline_value)} before, "
-    what = "It prefers the better answer in" if finding.kind == "preferenceAccuracy" else "Perplexity is"
-    unit = " of the held-out pairs" if finding.kind == "preferenceAccuracy" else ""
-    clear = "" if finding.direction != "unclear" else " That is no clear change."
+    policy, baseline = model_words(finding.policy), model_words(finding.baseline)
     interval = f"{level(finding.confidence)} interval {interval_text(finding)}"
-    return f"{what} {shown(finding, finding.value)}{unit} ({before}{interval}).{clear}"
+    if finding.kind == "winRate":
+        clear = "" if finding.direction != "unclear" else " That is no clear difference."
+        by = "" if finding.judge is None else f", by the {finding.judge}"
+        share = percent(finding.value.value)
+        return f"The answers of {policy} beat those of {baseline} in {share} of comparisons ({interval}){by}.{clear}"
+    before = "" if finding.baseline_value is None else f"{baseline}: {shown(finding, finding.baseline_value)}; "
+    clear = "" if finding.direction != "unclear" else " That is no clear change."
+    if finding.kind == "preferenceAccuracy":
+        value = shown(finding, finding.value)
+        return f"{policy} finds the better answer likelier in {value} of held-out pairs ({before}{interval}).{clear}"
+    return f"The perplexity of {policy} is {shown(finding, finding.value)} ({before}{interval}).{clear}"
+
+
+def model_words(name: str) -> str:
+    """A model as people call it."""
+    return "the starting model" if name == BASE else f"“{name}”"
 
 
 def change_text(finding: Finding) -> str:
@@ -92,12 +96,19 @@ def interval_text(finding: Finding) -> str:
     low, high = finding.value.lower, finding.value.upper
     if low is None or high is None:
         return "unknown"
-    return f"{shown(finding, Value(low))} to {shown(finding, Value(high))}"
+    if finding.kind == "perplexity":
+        return f"{perplexity(low)}–{perplexity(high)}"
+    return f"{100 * low:.0f}–{percent(high)}"
 
 
 def shown(finding: Finding, value: Value) -> str:
     """A figure in the unit of its kind."""
-    return number(value.value) if finding.kind == "perplexity" else percent(value.value)
+    return perplexity(value.value) if finding.kind == "perplexity" else percent(value.value)
+
+
+def perplexity(value: float) -> str:
+    """A perplexity with as many digits as mean something."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def percent(value: float | None) -> str:
