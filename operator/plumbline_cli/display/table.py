@@ -11,8 +11,8 @@ from rich.text import Text
 from plumbline_cli.display.stages import StageLine
 from plumbline_cli.display.words import Symbols, clock
 
-BAR_WIDTH = 24
-NARROW = 70
+BAR_WIDTHS = ((100, 24), (70, 12), (0, 6))
+"""Width of a bar by the least width of the window."""
 STYLES = {
     "Succeeded": "green",
     "Failed": "red",
@@ -35,7 +35,7 @@ class StageTable:
         table = Table.grid(padding=(0, 2, 0, 0))
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
-        bar = BAR_WIDTH if options.max_width >= NARROW else 8
+        bar = next(width for least, width in BAR_WIDTHS if options.max_width >= least)
         for line in self._lines:
             style = STYLES.get(line.phase, "")
             name = Text(f"  {line.name}", style="dim" if line.phase in ("Pending", "Skipped") else "")

@@ -1,0 +1,158 @@
+import io
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from plumbline_api.pipeline import AlignmentPipeline
+from plumbline_api.stagerun import TrainerStatus
+from plumbline_api.status import PipelineStatus
+from plumbline_cli.display.figures import figure_notes, figures_table
+from plumbline_cli.display.live import LiveTable, PlainLines
+from plumbline_cli.display.stages import stage_lines
+from plumbline_cli.display.table import StageTable
+from plumbline_cli.display.words import ASCII, UNICODE, clock, duration, number, plural, symbols
+from plumbline_cli.local.runner import RunView
+from rich.console import Console
+from support.local_runs import pipeline_body
+
+NOW = datetime(2025, 1, 1, 10, 1, 0, tzinfo=UTC)
+
+
+def status(**sft) -> PipelineStatus:
+    entry = {"name": "sft", "type": "sft", "phase": "Running", "startTime": "2025-01-01T10:00:00Z", **sft}
+    done = {"startTime": "2025-01-01T09:59:50Z", "completionTime": "2025-01-01T09:59:56Z"}
+    preflight = {"name": "preflight", "type": "preflight", "phase": "Succeeded", **done}
+    return PipelineStatus.model_validate({"phase": "Running", "stages": [preflight, entry]})
+
+
+def live(**fields) -> TrainerStatus:
+    metrics = [{"name": "loss", "value": "1.84031"}, {"name": "tokensPerSecond", "value": "131.2"}]
+    told = (NOW - timedelta(seconds=2)).isoformat()
+    given = {"progressPercentage": 62, "estimatedRemainingSeconds": 36, "metrics": metrics, "message": "step 25/40"}
+    return TrainerStatus.model_validate({**given, "lastUpdatedTime": told, **fields})
+
+
+def view(**fields) -> RunView:
+    pipeline = AlignmentPipeline.parse(pipeline_body())
+    given = {"pipeline": pipeline, "status": status(), "now": NOW, "live": {"sft": live()}, "results": {}}
+    return RunView(**{**given, **fields})
+
+
+def rendered(item, width: int = 80) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
+    console.print(item)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
+def table(width: int = 80, **fields) -> list[str]:
+    shown = view(**fields)
+    return rendered(StageTable(stage_lines(shown.pipeline, shown.status, shown.now, live=shown.live), UNICODE), width)
+
+
+def test_a_running_stage_shows_bar_step_figures_and_time_left():
+    lines = table(width=100)
+    assert lines[0] == "  preflight  ✔ 6 s"
+    assert lines[1] == "  sft        " + "━" * 24 + "  62 %  step 25/40   loss 1.84   131 tok/s   0:34 left"
+    assert table(width=80)[1] == "  sft        " + "━" * 12 + "  62 %  step 25/40   loss 1.84   131 tok/s   0:34 left"
+    assert lines[2] == "  dpo        · waits for sft"
+    assert lines[3] == "  final      · waits for dpo"
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_lines_fit_the_window(width):
+    long = "OutOfMemory: 78.9 GiB needed, 79.2 there. Try training.tokensPerBatch: 8192"
+    lines = table(width, status=status(phase="Failed", reason="OutOfMemory", message=long), live={})
+    assert max(map(len, lines)) <= width
+    assert "tokensPerBatch" in "".join("".join(lines).split())
+    assert max(map(len, table(width))) <= width
+
+
+def test_figures_of_an_evaluation_have_their_interval():
+    metrics = {"winRate": 0.71, "winRate.lower": 0.62, "winRate.upper": 0.79, "perplexity": 12.3}
+    exam = {
+        "name": "exam",
+        "type": "evaluate",
+        "phase": "Succeeded",
+        "startTime": "2025-01-01T10:00:00Z",
+        "completionTime": "2025-01-01T10:01:05Z",
+        "metrics": [{"name": name, "value": str(value)} for name, value in metrics.items()],
+    }
+    [line] = stage_lines(None, PipelineStatus.model_validate({"stages": [exam]}), NOW)[1:]
+    assert line.outcome_text == "1 min 5 s   win rate 0.71 [0.62, 0.79]   perplexity 12.3"
+
+
+def test_plain_lines_say_each_change_once_and_progress_now_and_then(monkeypatch):
+    console = Console(file=io.StringIO(), width=200, highlight=False, markup=False)
+    lines = PlainLines(console)
+    seconds = [0.0]
+    monkeypatch.setattr("plumbline_cli.display.live.time.monotonic", lambda: seconds[0])
+    for step in range(30):
+        seconds[0] = float(step)
+        lines.show(view(live={"sft": live(message=f"step {step}/40")}))
+    lines.show(view(status=status(phase="Succeeded", completionTime="2025-01-01T10:00:42Z"), stopping=True))
+    assert console.file.getvalue().splitlines() == [
+        "✔ preflight: 6 s",
+        "▶ sft: runs",
+        "▶ sft: step 10/40, 62 %, loss 1.84   131 tok/s, 0:34 left",
+        "▶ sft: step 20/40, 62 %, loss 1.84   131 tok/s, 0:34 left",
+        "stopping after a checkpoint; press Ctrl-C again to stop at once",
+        "✔ sft: 42 s",
+    ]
+
+
+def test_the_live_table_leaves_the_last_state_standing():
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None, highlight=False)
+    with LiveTable(console, "Plumbline · demo") as display:
+        display.show(view())
+        display.show(view(status=status(phase="Succeeded", completionTime="2025-01-01T10:00:42Z")))
+    text = console.file.getvalue()
+    assert "Plumbline · demo" in text
+    assert "sft        ✔ 42 s" in text.split("step 25/40")[-1]
+
+
+def test_figures_are_a_table_with_what_they_rest_on():
+    value = {"value": 0.71, "lower": 0.62, "upper": 0.79, "direction": "better"}
+    row = {
+        "metric": "winRate",
+        "label": "win rate against base",
+        "dataset": "questions",
+        "prompts": 61,
+        "confidence": 0.95,
+        "judge": "rule “answers in at most 1 sentence”",
+        "values": {"final": value},
+    }
+    summary = {"columns": ["base", "final"], "rows": [row]}
+    lines = rendered(figures_table(summary))
+    assert lines[0].split() == ["base", "final"]
+    assert lines[1] == "  win rate against base  –     0.71 [0.62, 0.79]"
+    assert figure_notes(summary) == [
+        "win rate against base: 61 held-out prompts of questions, 95% intervals, judge: rule “answers in at most 1 sentence”"
+    ]
+    assert figures_table({"columns": [], "rows": []}) is None
+    assert figures_table({}) is None
+
+
+def test_words():
+    assert [duration(s) for s in (0, 5.6, 60, 281, 4320, 3600, 190000)] == [
+        "0 s",
+        "6 s",
+        "1 min",
+        "4 min 41 s",
+        "1 h 12 min",
+        "1 h",
+        "2 d 4 h",
+    ]
+    assert [clock(s) for s in (-3, 34, 725, 3720)] == ["0:00", "0:34", "12:05", "1:02:00"]
+    assert [number(v) for v in (0.0, 1.84031, 131.2, 12345.6, 0.05, 0.0012, 2e-5, -3.14159, float("inf"))] == [
+        "0",
+        "1.84",
+        "131",
+        "12,346",
+        "0.05",
+        "0.0012",
+        "2e-05",
+        "-3.14",
+        "inf",
+    ]
+    assert (plural(1, "stage"), plural(1200, "stage")) == ("1 stage", "1,200 stages")
+    latin = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
+    assert symbols(latin) is ASCII
