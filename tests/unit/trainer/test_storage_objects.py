@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 from plumbline_trainer.errors import InputError, TransientError
-from plumbline_trainer.storage import uris
+from plumbline_trainer.storage import ranges, uris
 from plumbline_trainer.storage.objects import ObjectStore
 
 MEBIBYTE = 1024 * 1024
@@ -185,3 +186,48 @@ def test_a_folder_that_may_not_be_written_says_who_acts(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         ObjectStore().put_bytes(f"file://{tmp_path}/file/x", b"")
     assert caught.value.reason == "StorageDenied"
+
+
+def test_an_object_replaced_while_it_is_read_is_never_a_mixture(
+    s3_endpoint: str, credentials: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = boto3.client("s3", endpoint_url=s3_endpoint)
+    client.create_bucket(Bucket="replaced")
+    monkeypatch.setattr("plumbline_trainer.storage.ranges.RANGE", 1024)
+    client.put_object(Bucket="replaced", Key="x", Body=b"a" * 5000)
+    store, original = ObjectStore(endpoint=s3_endpoint), ranges._range
+
+    def replace_first(*arguments: Any) -> bytes:
+        client.put_object(Bucket="replaced", Key="x", Body=b"b" * 5000)
+        return original(*arguments)
+
+    monkeypatch.setattr("plumbline_trainer.storage.ranges._range", replace_first)
+    with pytest.raises(TransientError, match=r"PreconditionFailed|412"):
+        store.get_file("s3://replaced/x", tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [0, 1, 1023, 1024, 1025, 50_000])
+def test_ranges_of_every_size_come_back_whole(
+    s3_endpoint: str, credentials: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    client = boto3.client("s3", endpoint_url=s3_endpoint)
+    client.create_bucket(Bucket="sizes")
+    monkeypatch.setattr("plumbline_trainer.storage.ranges.RANGE", 1024)
+    content = os.urandom(size)
+    client.put_object(Bucket="sizes", Key="x", Body=content)
+    store, digest = ObjectStore(endpoint=s3_endpoint), hashlib.sha256(content).hexdigest()
+    assert store.get_file("s3://sizes/x", tmp_path / "x") == digest
+    assert (tmp_path / "x").read_bytes() == content
+    assert store.hash("s3://sizes/x") == (digest, size)
+
+
+def test_parts_of_uploads_that_nobody_completed_are_dropped(s3_endpoint: str, credentials: None) -> None:
+    client = boto3.client("s3", endpoint_url=s3_endpoint)
+    client.create_bucket(Bucket="orphans")
+    for key in ("run/checkpoints/1-a/x", "other/x"):
+        upload = client.create_multipart_upload(Bucket="orphans", Key=key)["UploadId"]
+        client.upload_part(Bucket="orphans", Key=key, UploadId=upload, PartNumber=1, Body=b"x")
+    ObjectStore(endpoint=s3_endpoint).abort_uploads("s3://orphans/run/checkpoints")
+    left = client.list_multipart_uploads(Bucket="orphans")["Uploads"]
+    assert [item["Key"] for item in left] == ["other/x"]

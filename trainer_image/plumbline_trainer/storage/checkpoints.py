@@ -20,7 +20,7 @@ from plumbline_api.base import Contract
 from plumbline_api.fingerprint import canonical_json
 from pydantic import Field, ValidationError
 
-from plumbline_trainer.errors import InputError
+from plumbline_trainer.errors import InputError, TransientError
 from plumbline_trainer.storage import uris
 from plumbline_trainer.storage.manifests import ManifestFile, download, node_lock
 from plumbline_trainer.storage.objects import ObjectStore
@@ -140,11 +140,13 @@ def _prune(store: ObjectStore, root: str, newest: str, step: int, log: logging.L
     """Delete what is older than the checkpoints to keep, and what earlier attempts left half uploaded."""
     complete, partial = _folders(store, root)
     older = sorted((name for name in complete if _step(name) <= step and uris.join(root, name) != newest), reverse=True)
-    for name in [*older[KEEP - 1 :], *(name for name in partial if _step(name) <= step)]:
-        try:
+    try:
+        for name in [*older[KEEP - 1 :], *(name for name in partial if _step(name) <= step)]:
             store.delete_prefix(uris.join(root, name))
-        except (InputError, OSError) as error:
-            log.warning("the old checkpoint %s was not deleted: %s", name, error)
+        store.abort_uploads(root)
+    except (InputError, TransientError, OSError) as error:
+        # Room is lost, nothing else; the next save tries again.
+        log.warning("old checkpoints were not deleted: %s", error)
 
 
 def _folders(store: ObjectStore, root: str) -> tuple[list[str], list[str]]:

@@ -127,6 +127,13 @@ class FileBackend:
                         continue
                     yield path.relative_to(root).as_posix(), *_described(path.stat())
 
+    def abort_uploads(self, place: Location) -> None:
+        """Drop what killed writers left beside the files."""
+        root = Path(place.key)
+        with _explained(root):
+            for path in root.rglob(f".*{PARTIAL_SUFFIX}") if root.is_dir() else ():
+                path.unlink(missing_ok=True)
+
     def delete(self, places: Sequence[Location]) -> None:
         """Delete files and the folders that become empty."""
         for place in places:

@@ -71,6 +71,9 @@ class Backend(Protocol):
     def delete(self, places: Sequence[Location]) -> None:
         """Delete objects; those that are not there are no error."""
 
+    def abort_uploads(self, place: Location) -> None:
+        """Drop what was uploaded in part below a folder."""
+
 
 class ObjectStore:
     """Objects by full URI. Thread-safe.
@@ -140,6 +143,11 @@ class ObjectStore:
         """Delete everything below a folder."""
         backend, _ = self._at(prefix)
         backend.delete([uris.parse(info.uri) for info in self.list(prefix)])
+
+    def abort_uploads(self, prefix: str) -> None:
+        """Drop what killed writers left half uploaded below a folder. Nobody else may be writing there."""
+        backend, place = self._at(prefix)
+        backend.abort_uploads(place)
 
     def put_folder(self, root: str, folder: Path) -> StoredFiles:
         """Upload every file below a folder, several at once: (relative path, size, SHA-256) in order of path."""

@@ -26,7 +26,8 @@ from botocore.exceptions import (
 from s3transfer.exceptions import RetriesExceededError  # type: ignore[import-untyped]
 
 from plumbline_trainer.errors import InputError, TransientError
-from plumbline_trainer.storage.files import CHUNK, file_digest, replaced
+from plumbline_trainer.storage.files import file_digest, replaced
+from plumbline_trainer.storage.ranges import read_hashed
 from plumbline_trainer.storage.uris import Location
 
 CREDENTIAL_KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN)"
@@ -48,6 +49,8 @@ DENIED = frozenset(
         "RequestTimeTooSkewed",
     ]
 )
+UNKNOWN_USER = frozenset({"XAdminUserNotFound"})
+"""versitygw answers a key that it does not know with 404."""
 MISSING = frozenset({"NoSuchKey", "404", "NotFound"})
 CONFLICT_ATTEMPTS = 8
 CONFLICT_SECONDS = 0.1
@@ -68,9 +71,16 @@ class S3Backend:
             connect_timeout=10,
             read_timeout=60,
             max_pool_connections=40,
-            # Servers of our own seldom have a wildcard certificate for bucket names as host names.
-            s3={"addressing_style": "path"} if self.endpoint else {},
+            # What is read is compared with a SHA-256 of ours.
+            response_checksum_validation="when_required",
+            s3={
+                # Bodies carry a checksum in a signed header; hashing them once more for the signature adds nothing.
+                "payload_signing_enabled": False,
+                # Servers of our own seldom have a wildcard certificate for bucket names as host names.
+                **({"addressing_style": "path"} if self.endpoint else {}),
+            },
         )
+        self._confirmed: set[str] = set()
         session = boto3.session.Session()
         self._client: Any = session.client(
             "s3",
@@ -80,13 +90,22 @@ class S3Backend:
         )
 
     def put_file(self, place: Location, path: Path) -> str:
-        """Upload in parallel parts, each with its SHA-256 for the server to check; hashed as a whole meanwhile."""
-        with ThreadPoolExecutor(1) as pool, self._explained(place, f"writing {_shown(place)}"):
-            whole = pool.submit(file_digest, path)
-            self._client.upload_file(
-                str(path), place.bucket, place.key, ExtraArgs={"ChecksumAlgorithm": "SHA256"}, Config=TRANSFER
-            )
-            return whole.result()
+        """Upload; the server compares a checksum of what arrives.
+
+        Small files carry their SHA-256. Large ones go in parallel parts with a CRC each, while the SHA-256 of the
+        whole, which readers compare, is computed beside them: S3 knows no SHA-256 of an object in parts.
+        """
+        with self._explained(place, f"writing {_shown(place)}"):
+            if path.stat().st_size < TRANSFER.multipart_threshold:
+                data = path.read_bytes()
+                self._put(place, data)
+                return hashlib.sha256(data).hexdigest()
+            with ThreadPoolExecutor(1) as pool:
+                whole = pool.submit(file_digest, path)
+                self._client.upload_file(
+                    str(path), place.bucket, place.key, ExtraArgs=self._checksum("CRC32"), Config=TRANSFER
+                )
+                return whole.result()
 
     def put_bytes(self, place: Location, data: bytes, *, if_absent: bool) -> bool:
         """Write one object; with `if_absent` under If-None-Match: *."""
@@ -94,9 +113,7 @@ class S3Backend:
         with self._explained(place, f"writing {_shown(place)}"):
             for attempt in range(CONFLICT_ATTEMPTS):
                 try:
-                    self._client.put_object(
-                        Bucket=place.bucket, Key=place.key, Body=data, ChecksumAlgorithm="SHA256", **extra
-                    )
+                    self._put(place, data, **extra)
                 except ClientError as error:
                     code = _code(error)
                     if if_absent and code in ("PreconditionFailed", "412"):
@@ -112,11 +129,25 @@ class S3Backend:
                 return True
         raise AssertionError
 
+    def _put(self, place: Location, data: bytes, **extra: str) -> None:
+        self._client.put_object(Bucket=place.bucket, Key=place.key, Body=data, **self._checksum("SHA256"), **extra)
+
+    def _checksum(self, algorithm: str) -> dict[str, str]:
+        """None for servers that do not know the headers: AWS_REQUEST_CHECKSUM_CALCULATION=when_required says so."""
+        wanted = self._client.meta.config.request_checksum_calculation != "when_required"
+        return {"ChecksumAlgorithm": algorithm} if wanted else {}
+
     def get_file(self, place: Location, path: Path) -> str:
-        """Download in parallel ranges."""
+        """Download in parallel ranges, hashed meanwhile."""
         with self._explained(place, f"reading {_shown(place)}"), replaced(path) as partial:
-            self._client.download_file(place.bucket, place.key, str(partial), Config=TRANSFER)
-            return file_digest(partial)
+            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                digest, _ = read_hashed(
+                    self._client, place.bucket, place.key, lambda offset, data: _write_at(descriptor, data, offset)
+                )
+            finally:
+                os.close(descriptor)
+        return digest
 
     def get_bytes(self, place: Location) -> bytes:
         """Read one object."""
@@ -126,13 +157,8 @@ class S3Backend:
 
     def hash(self, place: Location) -> tuple[str, int]:
         """Stream an object through SHA-256."""
-        digest, size = hashlib.sha256(), 0
         with self._explained(place, f"reading {_shown(place)}"):
-            body = self._client.get_object(Bucket=place.bucket, Key=place.key)["Body"]
-            for chunk in body.iter_chunks(CHUNK):
-                digest.update(chunk)
-                size += len(chunk)
-        return digest.hexdigest(), size
+            return read_hashed(self._client, place.bucket, place.key)
 
     def head(self, place: Location) -> tuple[int, str, str] | None:
         """Size, ETag (with the version, where the bucket keeps versions) and time."""
@@ -140,10 +166,18 @@ class S3Backend:
             with self._explained(place, f"looking for {_shown(place)}"):
                 found = self._client.head_object(Bucket=place.bucket, Key=place.key)
         except FileNotFoundError:
+            self._confirm(place)
             return None
         version = found.get("VersionId")
         etag = found.get("ETag", "").strip('"') + (f"@{version}" if version and version != "null" else "")
         return found["ContentLength"], etag, found["LastModified"].isoformat()
+
+    def _confirm(self, place: Location) -> None:
+        """The answer to HEAD has no body: a bucket or a user that is not there looks like a missing object. Ask once."""
+        if place.bucket not in self._confirmed:
+            with self._explained(place, f"looking for {_shown(place)}"):
+                self._client.list_objects_v2(Bucket=place.bucket, Prefix=place.key, MaxKeys=1)
+            self._confirmed.add(place.bucket)
 
     def entries(self, place: Location) -> Iterator[tuple[str, int, str, str]]:
         """Objects below a prefix that ends at a `/`."""
@@ -167,6 +201,16 @@ class S3Backend:
                 raise TransientError(
                     f"deleting {_shown(some[0])}: {errors[0].get('Message')}", reason="StorageUnavailable"
                 )
+
+    def abort_uploads(self, place: Location) -> None:
+        """Drop the parts of uploads that nobody completed."""
+        prefix = f"{place.key}/" if place.key else ""
+        with self._explained(place, f"clearing {_shown(place)}"):
+            for page in self._client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=place.bucket, Prefix=prefix
+            ):
+                for item in page.get("Uploads", ()):
+                    self._client.abort_multipart_upload(Bucket=place.bucket, Key=item["Key"], UploadId=item["UploadId"])
 
     @contextmanager
     def _explained(self, place: Location, doing: str) -> Iterator[None]:
@@ -196,7 +240,7 @@ class S3Backend:
         code = _code(error)
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         said = error.response.get("Error", {}).get("Message") or code
-        if code in DENIED or status in (401, 403):
+        if code in DENIED | UNKNOWN_USER or status in (401, 403):
             return InputError(
                 f"{doing}: {where} refused ({code}: {said}). Check the keys {CREDENTIAL_KEYS} of the Secret in "
                 "storage.secretName and that they may read, write, list and delete below storage.uri",
@@ -207,7 +251,7 @@ class S3Backend:
                 f"{doing}: there is no {where}. Create it, or correct the URI or storage.endpoint",
                 reason="StorageMissing",
             )
-        if code in MISSING or status == 404:
+        if code in MISSING or (status == 404 and code not in UNKNOWN_USER):
             return FileNotFoundError(f"{doing}: not found in {where}")
         if (
             code in ("PermanentRedirect", "IllegalLocationConstraintException", "AuthorizationHeaderMalformed")
@@ -223,6 +267,13 @@ class S3Backend:
 
 def _code(error: ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _write_at(descriptor: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
 
 
 def _shown(place: Location) -> str:
