@@ -16,7 +16,7 @@ Write = tuple[str, str, str]
 """Verb, kind (`jobs`, `alignmentpipelines/status`, …) and name."""
 
 
-class Killed(BaseException):  # noqa: N818 - not an error: the process is gone
+class Killed(BaseException):
     """The operator died here; nothing can catch it."""
 
 
@@ -169,5 +169,3 @@ def merge(target: dict[str, Any], patch: dict[str, Any]) -> None:
             merge(target[key], value)
         else:
             target[key] = copy.deepcopy(value)
-
-
