@@ -11,10 +11,9 @@ import socket
 from pathlib import Path
 
 import torch
-from support.trainer import stage_context
-
 from plumbline_api.stagerun import StageResult, StageRun
 from plumbline_trainer.worker import execute
+from support.trainer import stage_context
 
 
 def run_ranks(folder: Path, run: StageRun, timeout: float = 120) -> StageResult:

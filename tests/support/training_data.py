@@ -6,13 +6,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+from plumbline_api.stagerun import StageRun
+from plumbline_api.training import Dpo, Pretrain, Sft
 from support.tiny import save_model
 from support.trainer import base_model, external, parameters_of, stage_run, write_jsonl
 
-from plumbline_api.stagerun import StageRun
-from plumbline_api.training import Dpo, Pretrain, Sft
-
-WORDS = "a plumb line hangs straight down and shows whether the wall stands true or leans to one side".split()
+WORDS = ["a", "plumb", "line", "hangs", "straight", "down", "and", "shows", "whether", "the", "wall", "stands", "true", "or", "leans", "to", "one", "side"]
 
 
 def phrase(rng: random.Random, low: int, high: int) -> str:

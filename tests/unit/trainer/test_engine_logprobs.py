@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from plumbline_trainer.engine import logprobs
 from plumbline_trainer.engine.logprobs import Head, token_log_probabilities
+from torch.utils._python_dispatch import TorchDispatchMode
 
 N, D, V = 53, 16, 300
 
@@ -84,7 +83,7 @@ class _Largest(TorchDispatchMode):
         super().__init__()
         self.rows = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else [result]:
             if isinstance(tensor, torch.Tensor) and tensor.ndim == 2 and tensor.shape[1] == V:

@@ -8,11 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.encoded import make_completion, make_pair
-
 from plumbline_trainer.data.encode import Encoded, EncodedResponse
 from plumbline_trainer.engine.packing import pack, packed_length
 from plumbline_trainer.engine.segments import Block, visibility_mask
+from support.encoded import make_completion, make_pair
 
 INF = float("-inf")
 

@@ -10,9 +10,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.encoded import make_completion, make_pair
-from support.tiny import STYLES, Style, make_model
-
 from plumbline_api.training import Lora
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine import logprobs
@@ -22,6 +19,8 @@ from plumbline_trainer.engine.pathcheck import choose_path
 from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.engine.scoring import score_rows
 from plumbline_trainer.models.adapters import attach_lora
+from support.encoded import make_completion, make_pair
+from support.tiny import STYLES, Style, make_model
 
 GAP = 1e-5
 

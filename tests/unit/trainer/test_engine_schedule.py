@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from plumbline_trainer.engine.schedule import cut_step, epoch_order, fill_batches, plan_steps, random_key
 
 IDS = [f"row-{number}" for number in range(10)]

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-
 from plumbline_trainer.losses.likelihood import negative_log_likelihood
 from plumbline_trainer.losses.preference import log_ratio, sigmoid_loss
 

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from plumbline_api.stagerun import StageRun
+from plumbline_trainer.engine import objective
+from plumbline_trainer.stages import dpo as dpo_stage
 from safetensors.torch import load_file
 from support.ranks import run_ranks
 from support.trainer import base_model, manifest_of, output_folder, output_of, run_in_process, stage_context
 from support.training_data import training_run
-
-from plumbline_api.stagerun import StageRun
-from plumbline_trainer.engine import objective
-from plumbline_trainer.stages import dpo as dpo_stage
 
 LORA = {"rank": 4}
 
@@ -59,7 +58,9 @@ def test_a_stage_learns_and_writes_a_policy(tmp_path: Path, type_: str, lora: di
     manifest = manifest_of(run)
     assert manifest.meta["form"] == ("adapter" if lora else "full")
     names = {file.path for file in manifest.files}
-    assert names >= ({"adapter_config.json", "adapter_model.safetensors"} if lora else {"config.json", "tokenizer.json"})
+    assert names >= (
+        {"adapter_config.json", "adapter_model.safetensors"} if lora else {"config.json", "tokenizer.json"}
+    )
     if type_ == "dpo":
         assert metrics["evalLossStart"] == pytest.approx(math.log(2), abs=1e-5)
         assert metrics["rewardAccuracy"] > 0.5
@@ -192,9 +193,7 @@ def test_dpo_against_a_named_reference(tmp_path: Path) -> None:
 
     other = training_run(tmp_path, "sft", lora=LORA, globalBatch=4, learningRate=1e-2)
     succeed(tmp_path, other)
-    third = plain.model_copy(
-        update={"inputs": [*plain.inputs, output_of(other, "reference")], "fingerprint": "d" * 64}
-    )
+    third = plain.model_copy(update={"inputs": [*plain.inputs, output_of(other, "reference")], "fingerprint": "d" * 64})
     assert abs(succeed(tmp_path, third)["rewardMargin"] - metrics["rewardMargin"]) > 1e-3
 
 

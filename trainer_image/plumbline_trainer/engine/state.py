@@ -73,7 +73,7 @@ def read_state(folder: Path, trainables: Mapping[str, nn.Parameter], optimizer: 
     """
     weights = load_file(folder / WEIGHTS)
     if set(weights) != set(trainables):
-        odd = sorted(set(weights) ^ set(trainables))[0]
+        odd = min(set(weights) ^ set(trainables))
         raise ValueError(f"the checkpoint does not fit the stage: {odd} is only in one of them")
     with torch.no_grad():
         for name, parameter in trainables.items():

@@ -1,0 +1,199 @@
+"""trl as the oracle: its own trainers on the same tiny model, rows and adapter. A missing or other trl fails, it never skips."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import peft
+import torch
+import trl
+from plumbline_api.training import Lora, Training
+from plumbline_trainer.data.encode import Encoded
+from plumbline_trainer.engine.distributed import Ranks
+from plumbline_trainer.engine.loop import TrainingRun
+from plumbline_trainer.engine.objective import Objective
+from plumbline_trainer.engine.schedule import StepPlan, plan_steps
+from plumbline_trainer.engine.scorer import Scorer
+from plumbline_trainer.models.adapters import adapter_state, attach_lora
+from support.encoded import make_completion, make_pair
+from support.tiny import Style, make_model, make_tokenizer
+from support.trainer import stage_context, stage_run
+from torch.utils.data import SequentialSampler
+
+PINNED = "1.16.0"
+assert trl.__version__ == PINNED, f"parity is stated against trl {PINNED}, this is {trl.__version__}"
+
+LORA = Lora(rank=4, alpha=8)
+
+__all__ = ["LORA", "make_completion", "make_pair"]
+
+
+def our_model(style: Style, *, lora: bool, touched: bool = False) -> Any:
+    """A tiny model to train; `touched`: the adapter is no longer at its start, so that both factors have gradients."""
+    model = make_model(style, seed=5)
+    if not lora:
+        return model.requires_grad_(True)
+    model = attach_lora(model, LORA, seed=5)
+    if touched:
+        rng = torch.Generator().manual_seed(9)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data = torch.randn(parameter.shape, generator=rng) * 0.05
+    return model.eval()
+
+
+def their_model(ours: Any, style: Style, *, lora: bool) -> Any:
+    """The same weights as trl takes them: a PEFT model with the same factors, or the bare model."""
+    model = make_model(style, seed=5)
+    if not lora:
+        model.load_state_dict(ours.state_dict())
+        return model
+    targets = sorted({name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in adapter_state(ours)})
+    config = peft.LoraConfig(
+        r=LORA.rank, lora_alpha=LORA.alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(model, config)
+    move_adapter(model, ours)
+    return model
+
+
+def move_adapter(theirs: Any, ours: Any) -> None:
+    """Give trl's policy the factors of our model."""
+    result = peft.set_peft_model_state_dict(theirs, adapter_state(ours))
+    assert not result.unexpected_keys
+
+
+def gradients_by_name(model: Any) -> dict[str, torch.Tensor]:
+    """Gradients under names that both sides share."""
+    return {
+        name.removeprefix("base_model.model.").replace(".default.", "."): parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def shared_arguments(folder: Path, training: Training) -> dict[str, Any]:
+    """trl's names for our optimisation parameters."""
+    return {
+        "output_dir": str(folder / "trl"),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": training.global_batch,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": training.schedule.type,
+        "warmup_steps": training.schedule.warmup_ratio,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.gradient_clip,
+        "num_train_epochs": 1,
+        "max_length": 512,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+
+
+def sft_trainer(model: Any, rows: Sequence[Encoded], arguments: dict[str, Any]) -> Any:
+    """trl's SFT on ready ids and labels, in the given order."""
+    data = []
+    for row in rows:
+        (response,) = row.responses
+        labels = [token if scored else -100 for token, scored in zip(response.ids, response.mask, strict=True)]
+        data.append({"input_ids": [*row.prompt, *response.ids], "labels": [-100] * len(row.prompt) + labels})
+    config = trl.SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True}, packing=False)
+    trainer = trl.SFTTrainer(
+        model, args=config, train_dataset=datasets.Dataset.from_list(data), processing_class=make_tokenizer()
+    )
+    return _in_order(trainer)
+
+
+def dpo_trainer(model: Any, rows: Sequence[Encoded], arguments: dict[str, Any], *, beta: float) -> Any:
+    """trl's DPO on ready ids, in the given order; only its tokenisation is left out.
+
+    The reference is the model as given.
+    """
+
+    class Ready(trl.DPOTrainer):  # type: ignore[misc]
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+    data = [
+        {
+            "prompt_ids": row.prompt,
+            "chosen_ids": row.responses[0].ids,
+            "rejected_ids": row.responses[1].ids,
+            "prompt": "",
+            "chosen": "",
+            "rejected": "",
+        }
+        for row in rows
+    ]
+    config = trl.DPOConfig(**arguments, beta=beta, loss_type=["sigmoid"])
+    trainer = Ready(
+        model,
+        ref_model=None if isinstance(model, peft.PeftModel) else copy.deepcopy(model),
+        args=config,
+        train_dataset=datasets.Dataset.from_list(data),
+        processing_class=make_tokenizer(),
+    )
+    return _in_order(trainer)
+
+
+def _in_order(trainer: Any) -> Any:
+    trainer._get_train_sampler = lambda dataset=None: SequentialSampler(dataset or trainer.train_dataset)
+    return trainer
+
+
+def first_batch(trainer: Any) -> Any:
+    """The batch of trl's own loader."""
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def losses_of(trainer: Any) -> list[float]:
+    """Train; the loss of every step."""
+    found: list[float] = []
+    real = trainer.compute_loss
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        result = real(*args, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
+        found.append(float(loss.detach()))
+        return result
+
+    trainer.compute_loss = recorded
+    trainer.train()
+    return found
+
+
+def plan_of(rows: Sequence[Encoded], training: Training) -> StepPlan:
+    return plan_steps(
+        [row.row_id for row in rows],
+        seed=1,
+        global_batch=training.global_batch,
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+    )
+
+
+class LossCurve:
+    """Our training loop on ready rows; remembers the loss of every step."""
+
+    def __init__(self, folder: Path, model: Any, rows: Sequence[Encoded], training: Training) -> None:
+        context = stage_context(folder, stage_run(folder))
+        self.losses: list[float] = []
+        context.progress.update = lambda step, steps, message="", metrics=None: (  # type: ignore[method-assign]
+            self.losses.append(metrics["loss"]) if metrics else None
+        )
+        scorer = Scorer(model)
+        scorer.eval()
+        self.run = TrainingRun(context, Ranks(), scorer, plan_of(rows, training), list(rows), training)
+
+    def train(self, objective: Objective) -> list[float]:
+        self.run.train(objective, [])
+        return copy.copy(self.losses)
