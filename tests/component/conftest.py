@@ -39,23 +39,30 @@ async def kubelet(api: LiveApi) -> AsyncIterator[FakeKubelet]:
         yield found
 
 
-@pytest.fixture
-def idle_operator(installed: ControlPlane, tmp_path: Path) -> Iterator[OperatorProcess]:
-    """An operator that has not been started; ended and looked over at the end."""
-    kubeconfig = installed.kubeconfig_for(tmp_path / "operator.kubeconfig", OPERATORS[0])
-    operator = OperatorProcess(kubeconfig, tmp_path)
-    yield operator
+def end(operator: OperatorProcess) -> None:
+    """End an operator if it runs; it must do so when asked, and have found nothing wrong with itself."""
     if operator.process is not None and operator.process.poll() is None:
         assert operator.stop() == 0, operator.tail()
         assert not operator.defects(), operator.tail()
 
 
 @pytest.fixture
-async def operator(idle_operator: OperatorProcess) -> OperatorProcess:
-    """A running operator."""
-    idle_operator.start()
-    await idle_operator.ready()
-    return idle_operator
+def idle_operator(installed: ControlPlane, tmp_path: Path) -> Iterator[OperatorProcess]:
+    """An operator of the test's own, not started yet."""
+    operator = OperatorProcess(installed.kubeconfig_for(tmp_path / "kubeconfig", OPERATORS[0]), tmp_path)
+    yield operator
+    end(operator)
+
+
+@pytest.fixture(scope="module")
+def operator(installed: ControlPlane, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
+    """A running operator for all tests of a module."""
+    folder = tmp_path_factory.mktemp("operator")
+    operator = OperatorProcess(installed.kubeconfig_for(folder / "kubeconfig", OPERATORS[0]), folder)
+    operator.start()
+    operator.wait_until_ready()
+    yield operator
+    end(operator)
 
 
 @dataclass
@@ -121,5 +128,6 @@ class Tenant:
 
 
 @pytest.fixture
-def tenant(api: LiveApi, namespace: str, idle_operator: OperatorProcess) -> Tenant:
-    return Tenant(api, namespace, idle_operator)
+def tenant(request: pytest.FixtureRequest, api: LiveApi, namespace: str) -> Tenant:
+    name = next((item for item in ("operator", "idle_operator") if item in request.fixturenames), None)
+    return Tenant(api, namespace, request.getfixturevalue(name) if name else None)

@@ -55,25 +55,6 @@ async def test_run_from_apply_to_succeeded(
     await tenant.until("the event Succeeded", told)
 
 
-async def test_second_pass_and_restart_write_nothing(
-    installed: ControlPlane, operator: OperatorProcess, kubelet: FakeKubelet, tenant
-) -> None:
-    await tenant.apply(stages=TWO)
-    before = (await tenant.until_ended())["metadata"]["resourceVersion"]
-    operator.stop()
-    writes = count_writes(installed.audit_log, "operator-a", tenant.namespace)
-    operator.environment["PLUMBLINE_RESYNC_SECONDS"] = "0.5"
-    operator.start()
-    await operator.ready()
-
-    async def listed() -> bool:
-        return await operator.metric("plumbline_resyncs_total", outcome="complete") >= 4
-
-    await tenant.until("four listings", listed)
-    assert (await tenant.see())["metadata"]["resourceVersion"] == before
-    assert count_writes(installed.audit_log, "operator-a", tenant.namespace) == writes
-
-
 async def test_failed_stage_ends_the_run_with_the_trainers_words(
     operator: OperatorProcess, kubelet: FakeKubelet, tenant
 ) -> None:
@@ -349,23 +330,6 @@ async def test_stage_on_two_nodes(operator: OperatorProcess, kubelet: FakeKubele
     assert (await tenant.stage("sft"))["message"] == "rank 0"
     (service,) = await tenant.api.list(SERVICES, tenant.namespace)
     assert service["spec"]["clusterIP"] == "None"
-
-
-async def test_operator_ends_and_goes_on(operator: OperatorProcess, kubelet: FakeKubelet, tenant) -> None:
-    hold = asyncio.Event()
-
-    async def until_released(attempt: Attempt) -> Ending:
-        await hold.wait()
-        return await succeed(attempt)
-
-    kubelet.script(tenant.namespace, "sft", until_released)
-    await tenant.apply(stages=TWO)
-    await tenant.until_stage("sft", phase="Running")
-    assert operator.stop() == 0
-    hold.set()
-    operator.start()
-    assert (await tenant.until_ended())["status"]["phase"] == "Succeeded"
-    assert kubelet.starts[tenant.namespace, "sft"] == 1
 
 
 async def test_rights_are_enough_and_all_are_used(installed: ControlPlane) -> None:

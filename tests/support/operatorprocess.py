@@ -91,13 +91,16 @@ class OperatorProcess:
             )
 
     async def ready(self, seconds: float = 60.0) -> None:
+        await asyncio.to_thread(self.wait_until_ready, seconds)
+
+    def wait_until_ready(self, seconds: float = 60.0) -> None:
         deadline = time.monotonic() + seconds
-        while not await asyncio.to_thread(self._answers, "HEALTH", "/readyz"):
+        while not self._answers("HEALTH", "/readyz"):
             assert self.process is not None
             code = self.process.poll()
             assert code is None, f"the operator ended with {code}:\n{self.tail()}"
             assert time.monotonic() < deadline, f"the operator is not ready within {seconds} s:\n{self.tail()}"
-            await asyncio.sleep(0.05)
+            time.sleep(0.05)
 
     def _answers(self, port: str, path: str) -> bytes | None:
         try:
