@@ -112,7 +112,14 @@ def _fetch(context: StageContext, item: StageInput, folder: Path) -> list[Manife
         raise InputError(f"the mirror of {item.uri} is missing in {root}; retry from preflight", reason="InputChanged")
     files = [ManifestFile.model_validate(entry) for entry in document["files"]]
     if not all((folder / file.path).exists() for file in files):
-        download(context.store, uris.join(root, "files"), files, folder)
+        try:
+            download(context.store, uris.join(root, "files"), files, folder, remedy="retry from preflight")
+        except InputError as error:
+            if error.reason != "InputMissing":
+                raise
+            # Without its manifest the mirror does not count, and the next preflight makes it anew.
+            context.store.delete_prefix(root)
+            raise InputError(f"the mirror of {item.uri}: {error}", reason="InputChanged") from error
     return files
 
 

@@ -279,7 +279,14 @@ def fetch_output(context: StageContext, root_uri: str, into: Path | None = None)
     return FetchedOutput(folder, manifest, digest)
 
 
-def download(store: ObjectStore, place: str, files: list[ManifestFile], folder: Path) -> None:
+def download(
+    store: ObjectStore,
+    place: str,
+    files: list[ManifestFile],
+    folder: Path,
+    *,
+    remedy: str = "retry the stage that wrote it",
+) -> None:
     """Download files and compare each with its size and SHA-256.
 
     Raises:
@@ -292,11 +299,11 @@ def download(store: ObjectStore, place: str, files: list[ManifestFile], folder: 
         try:
             digest = store.get_file(source, target)
         except FileNotFoundError as error:
-            raise InputError(f"{source} is missing; retry the stage that wrote it", reason=MISSING) from error
+            raise InputError(f"{source} is missing; {remedy}", reason=MISSING) from error
         if digest != file.sha256:
             size = target.stat().st_size
             what = f"has {size} bytes instead of {file.size}" if size != file.size else "does not match its SHA-256"
-            raise InputError(f"{source} is damaged: it {what}; retry the stage that wrote it", reason=MISSING)
+            raise InputError(f"{source} is damaged: it {what}; {remedy}", reason=MISSING)
 
     try:
         with ThreadPoolExecutor(PARALLEL_OBJECTS) as pool:

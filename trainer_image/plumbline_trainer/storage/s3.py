@@ -173,7 +173,7 @@ class S3Backend:
         return found["ContentLength"], etag, found["LastModified"].isoformat()
 
     def _confirm(self, place: Location) -> None:
-        """The answer to HEAD has no body: a bucket or a user that is not there looks like a missing object. Ask once."""
+        """An answer to HEAD has no body: an unknown bucket or user looks like a missing object. Ask once."""
         if place.bucket not in self._confirmed:
             with self._explained(place, f"looking for {_shown(place)}"):
                 self._client.list_objects_v2(Bucket=place.bucket, Prefix=place.key, MaxKeys=1)
