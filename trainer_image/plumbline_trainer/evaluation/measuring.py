@@ -134,16 +134,15 @@ def measure(
     policy.model.eval()
     measured = Measured(name, policy.tokenizer.digest)
     scored = {item.index: _encode(policy, item) for item in suites if item.generation is None}
-    asked = {
-        (item.suite.dataset, item.suite.value.split, item.generation): _ask(policy, item)
-        for item in sorted(suites, key=lambda item: len(item.rows))
-        if item.generation is not None
-    }
+    asked = _questions(policy, suites)
     work = sum(_scored_tokens(encoded.rows) for encoded in scored.values())
-    work += sum(
-        ANSWER_WEIGHT * len(found.rows) * key[2].max_new_tokens for key, found in asked.items() if key[2] is not None
-    )
+    work += sum(ANSWER_WEIGHT * len(rows) * generation.max_new_tokens for generation, rows in asked.items())
     done = 0
+
+    def share_of(size: int) -> Callable[[float], None]:
+        before = done
+        return lambda share: at_share((before + share * size) / max(work, 1))
+
     if scored:
         scorer = Scorer(policy.model, precision=precision)
         scorer.eval()
@@ -158,33 +157,23 @@ def measure(
             tokens_per_batch=tokens_per_batch,
             precision=precision,
             ranks=ranks,
-            at_share=lambda share, done=done, size=size: at_share((done + share * size) / work),  # type: ignore[misc]
+            at_share=share_of(size),
         )
         measured.truncated[index], measured.dropped[index] = encoded.truncated, encoded.dropped
         measured.tokens += size
         done += size
+    answers: dict[_Question, Spoken] = {}
+    for generation, questions in asked.items():
+        size = ANSWER_WEIGHT * len(questions) * generation.max_new_tokens
+        said = _answer(policy, questions, generation, seed=seed, ranks=ranks, at_share=share_of(size))
+        answers |= said
+        measured.tokens += sum(len(ids) for ids in questions.values()) + sum(answer.tokens for answer in said.values())
+        done += size
     for item in suites:
-        if item.generation is None:
-            continue
-        key = (item.suite.dataset, item.suite.value.split, item.generation)
-        encoded = asked[key]
-        known = next((measured.answers[i] for i in _same(suites, item) if i in measured.answers), None)
-        if known is None:
-            size = ANSWER_WEIGHT * len(encoded.rows) * item.generation.max_new_tokens
-            known = _answer(
-                policy,
-                encoded.rows,
-                item.generation,
-                seed=seed,
-                ranks=ranks,
-                at_share=lambda share, done=done, size=size: at_share((done + share * size) / work),  # type: ignore[misc]
-            )
-            measured.tokens += sum(len(row.prompt) for row in encoded.rows)
-            measured.tokens += sum(answer.tokens for answer in known.values())
-            done += size
-        wanted = {row.id for row in item.rows}
-        measured.answers[item.index] = {row_id: answer for row_id, answer in known.items() if row_id in wanted}
-        measured.dropped[item.index] = len(wanted) - len(measured.answers[item.index])
+        if item.generation is not None:
+            found = {row.id: answers.get(_question(item, row)) for row in item.rows}
+            measured.answers[item.index] = {row_id: answer for row_id, answer in found.items() if answer is not None}
+            measured.dropped[item.index] = len(found) - len(measured.answers[item.index])
     return measured
 
 
@@ -193,15 +182,31 @@ def longest_sequence(policy: Policy) -> int:
     return int(getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or CONTEXT_DEFAULT)
 
 
-def _same(suites: Sequence[SuiteRows], item: SuiteRows) -> list[int]:
-    """Indices of the suites that ask the same prompts in the same way."""
-    return [
-        other.index
-        for other in suites
-        if other.generation == item.generation
-        and (other.suite.dataset, other.suite.value.split) == (item.suite.dataset, item.suite.value.split)
-        and len(other.rows) >= len(item.rows)
-    ]
+@dataclass(frozen=True)
+class _Question:
+    """A prompt and how it is to be answered; equal ones of several suites are answered once."""
+
+    dataset: str
+    split: str
+    row_id: str
+    generation: Generation
+
+
+def _question(item: SuiteRows, row: Row) -> _Question:
+    assert item.generation is not None
+    return _Question(item.suite.dataset, str(item.suite.value.split), row.id, item.generation)
+
+
+def _questions(policy: Policy, suites: Sequence[SuiteRows]) -> dict[Generation, dict[_Question, list[int]]]:
+    """Prompts as ids by the way they are answered: those of all suites share batches, since full ones are faster."""
+    found: dict[Generation, dict[_Question, list[int]]] = {}
+    for item in suites:
+        if item.generation is not None:
+            rows = {row.id: row for row in item.rows}
+            questions = found.setdefault(item.generation, {})
+            for encoded in _ask(policy, item).rows:
+                questions.setdefault(_question(item, rows[encoded.row_id]), encoded.prompt)
+    return found
 
 
 def _encode(policy: Policy, item: SuiteRows) -> EncodedRows:
@@ -248,17 +253,17 @@ def _score(
 
 def _answer(
     policy: Policy,
-    rows: Sequence[Encoded],
+    questions: dict[_Question, list[int]],
     generation: Generation,
     *,
     seed: int,
     ranks: Ranks,
     at_share: Callable[[float], None],
-) -> dict[str, Spoken]:
+) -> dict[_Question, Spoken]:
     answers = generate(
         policy.model,
         policy.tokenizer,
-        [Prompt(row.row_id, row.prompt) for row in rows],
+        [Prompt(question.row_id, ids) for question, ids in questions.items()],
         max_new_tokens=generation.max_new_tokens,
         temperature=generation.temperature,
         seed=seed,
@@ -266,8 +271,8 @@ def _answer(
         at_step=at_share,
     )
     return {
-        row.row_id: Spoken(policy.tokenizer.decode(answer.ids).strip(), len(answer.ids), answer.finished)
-        for row, answer in zip(rows, answers, strict=True)
+        question: Spoken(policy.tokenizer.decode(answer.ids).strip(), len(answer.ids), answer.finished)
+        for question, answer in zip(questions, answers, strict=True)
     }
 
 
