@@ -9,6 +9,7 @@ from typing import Any
 
 from plumbline_api.names import FINALIZE, PREFLIGHT
 from rich.console import Console
+from rich.padding import Padding
 from rich.text import Text
 
 from plumbline_cli.display.figures import figure_notes, figures_table
@@ -77,11 +78,11 @@ def print_figures(console: Console, summary: dict[str, Any]) -> None:
         return
     console.print()
     if isinstance(summary.get("sentence"), str):
-        console.print(f"  {summary['sentence']}")
+        console.print(Padding(Text(summary["sentence"]), (0, 0, 0, 2)))
         console.print()
     console.print(table)
     for note in figure_notes(summary):
-        console.print(Text(f"  {note}", style="dim"))
+        console.print(Padding(Text(note, style="dim"), (0, 0, 0, 2)))
 
 
 def shown(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from rich.console import Console
@@ -57,12 +58,21 @@ def describe(stage: StageForecast) -> str:
 
 
 def needs(estimate: dict[str, Any]) -> list[str]:
-    """`54 steps`, `19,800 tokens`, `2.4 GiB`: what preflight expects a stage to take."""
+    """`54 steps`, `19,800 tokens`, `2.4 of 15.6 GiB`: what preflight expects a stage to take."""
     found = []
     if isinstance(steps := estimate.get("steps"), int | float) and steps:
         found.append(plural(round(steps), "step"))
     if isinstance(tokens := estimate.get("tokens"), int | float) and tokens:
         found.append(f"about {number(tokens)} tokens")
     if isinstance(memory := estimate.get("memoryBytes"), int | float) and memory:
-        found.append(f"{number(memory / 2**30)} GiB")
+        there = machine_memory()
+        found.append(f"{number(memory / 2**30)}{f' of {number(there / 2**30)}' if there else ''} GiB")
     return found
+
+
+def machine_memory() -> int | None:
+    """Bytes of memory of this machine; None where it does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None

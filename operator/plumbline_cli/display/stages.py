@@ -61,8 +61,9 @@ class StageLine:
             if self.message:
                 return self.message
             return f"waits for {', '.join(self.waits_for)}" if self.waits_for else "waits"
-        said = ": ".join(part for part in (self.reason, self.message) if part)
-        return said or self.phase.lower()
+        if not self.message and self.reason in (None, self.phase):
+            return self.phase.lower()
+        return ": ".join(part for part in (self.reason, self.message) if part)
 
 
 def stage_lines(

@@ -8,6 +8,8 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 
+from pathlib import Path
+
 from plumbline_api.stagerun import PROGRESS_FILE_ENV, STAGE_ENV, TERMINATION_LOG_ENV, StageRun
 
 from plumbline_cli.exits import BAD_INPUT, CommandError
@@ -19,7 +21,7 @@ PASSED_ON = re.compile(
     r"|PYTHONPATH|VIRTUAL_ENV|LD_LIBRARY_PATH|DYLD_.*"
     r"|AWS_.*|HF_.*|HUGGING_FACE_HUB_TOKEN|SSL_CERT_.*|REQUESTS_CA_BUNDLE|(?i:https?_proxy|no_proxy|all_proxy)"
     r"|CUDA_.*|NVIDIA_.*|NCCL_.*|GLOO_.*|TORCH_.*|PYTORCH_.*|ROCR_.*|HIP_.*"
-    r"|OMP_.*|MKL_.*|OPENBLAS_.*|KMP_.*|GOMP_.*|PLUMBLINE_BUNDLED_MODELS"
+    r"|OMP_.*|MKL_.*|OPENBLAS_.*|KMP_.*|GOMP_.*|PLUMBLINE_BUNDLED_MODELS|PLUMBLINE_CACHE"
 )
 """What of the user's environment a trainer gets: where software and caches lie, credentials of storage and hub,
 settings of the accelerator and of threads. Anything else, tokens of other services among it, stays here."""
@@ -76,6 +78,7 @@ def trainer_environment(environment: Mapping[str, str], run: StageRun, files: Jo
     """The whole environment of a trainer."""
     kept = {name: value for name, value in environment.items() if PASSED_ON.fullmatch(name)}
     return {
+        "PLUMBLINE_CACHE": str(cache_folder(environment)),
         **kept,
         STAGE_ENV: run.to_json(),
         TERMINATION_LOG_ENV: str(files.termination),
@@ -83,4 +86,12 @@ def trainer_environment(environment: Mapping[str, str], run: StageRun, files: Jo
         "PYTHONUNBUFFERED": "1",
         "PYDANTIC_DISABLE_PLUGINS": "__all__",  # searching for some takes a tenth of a second of every start
         "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",  # a log is read line by line
     }
+
+
+def cache_folder(environment: Mapping[str, str]) -> Path:
+    """Where trainers of this machine keep what can be made again, such as a dequantised model."""
+    if root := environment.get("XDG_CACHE_HOME"):
+        return Path(root) / "plumbline"
+    return Path(environment.get("HOME") or Path.home()) / ".cache" / "plumbline"

@@ -52,7 +52,10 @@ def test_a_running_stage_shows_bar_step_figures_and_time_left():
     lines = table(width=100)
     assert lines[0] == "  preflight  ✔ 6 s"
     assert lines[1] == "  sft        " + "━" * 24 + "  62 %  step 25/40   loss 1.84   131 tok/s   0:34 left"
-    assert table(width=80)[1] == "  sft        " + "━" * 12 + "  62 %  step 25/40   loss 1.84   131 tok/s   0:34 left"
+    assert (
+        table(width=80)[1]
+        == "  sft        " + "━" * 7 + "╸" + "━" * 4 + "  62 %  step 25/40   loss 1.84   131 tok/s   0:34 left"
+    )
     assert lines[2] == "  dpo        · waits for sft"
     assert lines[3] == "  final      · waits for dpo"
 
