@@ -11,7 +11,6 @@ from plumbline_cli.local.launch import TrainerLauncher
 from plumbline_cli.local.runner import LocalRunner, RunView
 from plumbline_cli.local.session import Session, open_session
 from plumbline_operator.snapshot import PlannedEvent
-
 from support import fake_trainer
 
 FAKE_COMMAND = (sys.executable, fake_trainer.__file__)

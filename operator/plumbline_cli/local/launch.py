@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-
 from pathlib import Path
 
 from plumbline_api.stagerun import PROGRESS_FILE_ENV, STAGE_ENV, TERMINATION_LOG_ENV, StageRun
