@@ -28,6 +28,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+SETTINGS_FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
 _SHARD = re.compile(r"^[\w.-]+\.safetensors$")
 _CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate", "use_kernels", "kernel_config"})
 """Keys that point at code. They are dropped: an architecture that transformers knows does not need them."""

@@ -43,6 +43,10 @@ def shared_reader() -> Iterator[None]:
             "the model is a GGUF file, and the package gguf is not installed: pip install 'plumbline[trainer,demo]'"
         ) from error
 
+    if hasattr(gguf.GGUFReader, "cache_info"):  # An outer block shares already.
+        yield
+        return
+
     class PlainReader(gguf.GGUFReader):  # type: ignore[misc]
         def __setattr__(self, name: str, value: Any) -> None:
             # Views of a memory map carry bookkeeping that costs more than the parsing itself.

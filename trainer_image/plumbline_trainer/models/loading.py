@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from plumbline_api.errors import InputError
 
 from plumbline_trainer.models import folders
+from plumbline_trainer.models.converted import keep, kept_folder
 from plumbline_trainer.models.gguf import is_gguf, shared_reader
 from plumbline_trainer.models.tokenizer import Tokenizer, make_tokenizer
 
@@ -19,6 +21,20 @@ if TYPE_CHECKING:
     import torch
 
 StorageDtype = Literal["float32", "bfloat16"]
+
+
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    OverflowError,
+    RuntimeError,
+    AssertionError,
+    struct.error,
+)
+"""What readers of other people's files raise when the file is not what it should be."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -51,6 +67,8 @@ def load_base(path: Path, dtype: str, device: torch.device | str = "cpu") -> tup
     Raises:
         InputError: if the source is not a model that can be loaded safely.
     """
+    if is_gguf(path) and (kept := keep(path, lambda folder: _convert(path, folder))) is not None:
+        return load_base(kept, dtype, device)
     with _quiet(), _view(path, weights=True) as view:
         model = _load_gguf(path, dtype) if is_gguf(path) else _load_folder(view, dtype, path.name)
         tokenizer = _load_tokenizer(path, view, _model_ends(model))
@@ -59,12 +77,25 @@ def load_base(path: Path, dtype: str, device: torch.device | str = "cpu") -> tup
     return model.to(device), tokenizer
 
 
+def _convert(path: Path, folder: Path) -> None:
+    """Write a GGUF file as a model folder in float32, which holds every value of it exactly."""
+    from plumbline_trainer.models.saving import save_full
+
+    with _quiet(), _view(path, weights=True):
+        model = _load_gguf(path, "float32")
+        tokenizer = _load_tokenizer(path, path, _model_ends(model))
+    _adopt_tokens(model, tokenizer)
+    save_full(model, tokenizer, folder, "float32")
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """Load only the tokenizer of a model folder or GGUF file.
 
     Raises:
         InputError: if it holds none that can be loaded safely.
     """
+    if is_gguf(path) and (kept := kept_folder(path, [*folders.TOKENIZER_FILES, *folders.SETTINGS_FILES])) is not None:
+        return load_tokenizer(kept)
     with _quiet(), _view(path, weights=False) as view:
         return _load_tokenizer(path, view, () if is_gguf(path) else folders.declared_ends(path))
 
@@ -75,7 +106,10 @@ def load_config(path: Path) -> Any:
 
     with _quiet(), _view(path, weights=False) as view:
         if is_gguf(path):
-            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+            try:
+                config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+            except _UNREADABLE as error:
+                raise InputError(f"{path.name} does not load: {_first_line(error)}. Copy it again") from error
         else:
             folders.read_settings(path, "config.json", required=True)
             config = _config(view, path.name)
@@ -117,7 +151,7 @@ def _config(view: Path, name: str) -> Any:
     kind = folders.read_settings(view, "config.json", required=True).get("model_type")
     try:
         config = AutoConfig.from_pretrained(str(view), local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except _UNREADABLE as error:
         raise InputError(
             f'{name}/config.json: model_type "{kind}" cannot be loaded: {_first_line(error)}. '
             "Only architectures that transformers has built in are run"
@@ -143,7 +177,9 @@ def _load_folder(view: Path, dtype: str, name: str) -> Any:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (*_UNREADABLE, SafetensorError) as error:
+        if "allocate memory" in str(error):
+            raise  # The files are sound; the worker says what to do about memory.
         raise InputError(f"{name}: the weights do not load: {_first_line(error)}. Copy the model again") from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -168,8 +204,8 @@ def _load_gguf(path: Path, dtype: str) -> Any:
             local_files_only=True,
             trust_remote_code=False,
         )
-    except (ValueError, NotImplementedError, KeyError, RuntimeError) as error:
-        raise InputError(f"{path.name} does not load: {_first_line(error)}") from error
+    except _UNREADABLE as error:
+        raise InputError(f"{path.name} does not load: {_first_line(error)}. Copy it again, or name another") from error
     config = _without_quantisation(loaded.config)
     weights = loaded.state_dict()
     import torch
@@ -213,7 +249,7 @@ def _load_tokenizer(path: Path, view: Path, ends: tuple[int, ...]) -> Tokenizer:
             str(folder), local_files_only=True, trust_remote_code=False, use_fast=True, **where
         )
         return make_tokenizer(hf, declared_ends=ends)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except (*_UNREADABLE, ImportError) as error:
         raise InputError(
             f"{path.name}: its tokenizer does not load: {_first_line(error)}. "
             "A tokenizer.json must lie beside the weights"
