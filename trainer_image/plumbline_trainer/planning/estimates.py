@@ -61,7 +61,12 @@ def estimate(
         if tokens_per_second is not None and stage.resources.gpus_per_node:
             rate = tokens_per_second * 1e9 / facts.parameters
             gpu_hours = round(tokens / rate / 3600, 4)
-    return Estimate(steps, tokens, _training_memory(parameters, training, facts), gpu_hours)
+    longest = training.tokens_per_batch
+    if rows is not None and rows.rows:
+        row = min(rows.percentile(100), training.max_length) * (2 if stage.type == "dpo" else 1)
+        # A micro-batch is part of a step, and a row longer than the budget stands alone.
+        longest = max(row, min(longest, row * training.global_batch))
+    return Estimate(steps, tokens, _training_memory(parameters, training, facts, longest), gpu_hours)
 
 
 def lora_parameters(rank: int, targets: list[str] | None, facts: ModelFacts) -> int:
@@ -80,7 +85,7 @@ def lora_parameters(rank: int, targets: list[str] | None, facts: ModelFacts) -> 
     return rank * facts.layers * sum(chosen)
 
 
-def _training_memory(parameters: TrainingStage, training: Training, facts: ModelFacts) -> int:
+def _training_memory(parameters: TrainingStage, training: Training, facts: ModelFacts, tokens: int) -> int:
     width = 2 if training.precision == "bfloat16" else 4
     if parameters.lora is not None:
         trainable = lora_parameters(parameters.lora.rank, parameters.lora.targets, facts)
@@ -89,7 +94,7 @@ def _training_memory(parameters: TrainingStage, training: Training, facts: Model
         weights = 16 * facts.parameters
     layer = _activations_per_layer(facts)
     per_token = facts.hidden * facts.layers + layer if training.gradient_checkpointing else layer * facts.layers
-    return round(RUNTIME_BYTES + weights + training.tokens_per_batch * per_token * width)
+    return round(RUNTIME_BYTES + weights + tokens * per_token * width)
 
 
 def _activations_per_layer(facts: ModelFacts) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import struct
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,16 +59,31 @@ def model_facts(context: StageContext, item: ExternalInput, digest: str) -> Mode
             return ModelFacts(**known)
         except TypeError:
             pass
-    facts = _read(context, item, digest)
+    with _reading(item):
+        facts = _read(context, item, digest)
     context.store.put_bytes(place, json.dumps(asdict(facts), indent=1).encode())
     return facts
 
 
 def local_tokenizer(context: StageContext, item: ExternalInput, digest: str) -> Tokenizer:
     """The tokenizer of a model."""
+    return _load_tokenizer(small_files(context, item, digest))
+
+
+@lru_cache(maxsize=2)
+def _load_tokenizer(path: Path) -> Tokenizer:
     from plumbline_trainer.models.loading import load_tokenizer
 
-    return load_tokenizer(small_files(context, item, digest))
+    return load_tokenizer(path)
+
+
+def _reading(item: ExternalInput) -> AbstractContextManager[None]:
+    """While a GGUF file is read, it is parsed once for everything that is wanted of it."""
+    if not item.uri.startswith("bundled://") and not item.uri.endswith(".gguf"):
+        return nullcontext()
+    from plumbline_trainer.models.gguf import shared_reader
+
+    return shared_reader()
 
 
 def small_files(context: StageContext, item: ExternalInput, digest: str) -> Path:
