@@ -90,7 +90,8 @@ def _ensure_node(state: ClusterState) -> None:
             owner = None
         if owner not in (None, state.folder) and load_state(owner) is not None:
             raise ClusterFailedError(
-                f"this machine's one node belongs to the cluster in {owner}: `python -m cluster --state {owner} down` first"
+                f"this machine's one node belongs to the cluster in {owner}: `python -m cluster --state {owner} down` first,"
+                f" or use it: export {STATE_VARIABLE}={owner}"
             )
         if owner != state.folder and bridge_exists():
             raise ClusterFailedError(

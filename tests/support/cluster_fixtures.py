@@ -12,6 +12,7 @@ import secrets
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,8 +203,14 @@ def namespace(request: pytest.FixtureRequest) -> Iterator[str]:
     cluster: ControlPlane = request.getfixturevalue(
         next((name for name in ("real_cluster", "real_node") if name in request.fixturenames), "control_plane")
     )
-    label = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower()).strip("-")[:40].rstrip("-")
-    name = f"{label}-{secrets.token_hex(3)}"
+    with fresh_namespace(cluster, request.node.name) as name:
+        yield name
+
+
+@contextmanager
+def fresh_namespace(cluster: ControlPlane, label: str) -> Iterator[str]:
+    """A namespace under the restricted pod security standard whose name begins like `label`; deleted at the end."""
+    name = f"{re.sub(r'[^a-z0-9]+', '-', label.lower()).strip('-')[:40].rstrip('-')}-{secrets.token_hex(3)}"
     cluster.apply(
         {
             "apiVersion": "v1",

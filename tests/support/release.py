@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,9 +52,7 @@ class Release:
 
     def wait_ready(self) -> None:
         """Wait until the operator is ready."""
-        self.cluster.kubectl(
-            "rollout", "status", f"deployment/{NAME}", "-n", NAMESPACE, "--timeout=300s", timeout=320
-        )
+        self.cluster.kubectl("rollout", "status", f"deployment/{NAME}", "-n", NAMESPACE, "--timeout=300s", timeout=320)
 
     def logs(self, lines: int = 60) -> str:
         """The end of the operators' logs, those of an earlier container included."""
@@ -92,17 +89,19 @@ def _image(reference: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def release(real_cluster: RealCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
+def release(real_cluster: RealCluster, tmp_path_factory: pytest.TempPathFactory) -> Release:
     """The chart, installed or upgraded; it goes with the cluster, and on a cluster that is kept it stays for the next session."""
     values = tmp_path_factory.mktemp("release") / "values.yaml"
     values.write_text(yaml.safe_dump(release_values(real_cluster)))
     found = Release(real_cluster)
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    real_cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": labels}})
     try:
         real_cluster.helm(
-            "upgrade", "--install", NAME, str(CHART), "--namespace", NAMESPACE, "--create-namespace",
+            "upgrade", "--install", NAME, str(CHART), "--namespace", NAMESPACE,
             "--values", str(values), "--wait", "--timeout", "6m", "--take-ownership", timeout=420,
         )  # fmt: skip
     except AssertionError as error:
         events = real_cluster.kubectl("get", "events", "-n", NAMESPACE, "--sort-by=.lastTimestamp", check=False)
         raise AssertionError(f"{error}\n{events[-3000:]}\n{found.logs()}") from error
-    yield found
+    return found

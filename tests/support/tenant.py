@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.audit import count_creates, read_audit_log
-from support.cluster_fixtures import RealCluster
+from support.cluster_fixtures import RealCluster, fresh_namespace
 from support.release import Release
 from support.tinypipeline import Manifest, tiny_manifest, write_inputs
 
@@ -173,12 +174,16 @@ class Run:
     def jobs(self, role: str = "stage") -> list[dict[str, Any]]:
         """Its Jobs of a role that are there."""
         labels = f"plumbline.dev/pipeline={self.name},plumbline.dev/role={role}"
-        found: list[dict[str, Any]] = self.tenant.cluster.get("jobs", "-n", self.tenant.namespace, "-l", labels)["items"]
+        found: list[dict[str, Any]] = self.tenant.cluster.get("jobs", "-n", self.tenant.namespace, "-l", labels)[
+            "items"
+        ]
         return found
 
     def pods(self, stage: str) -> list[dict[str, Any]]:
         labels = f"plumbline.dev/pipeline={self.name},plumbline.dev/stage={stage}"
-        found: list[dict[str, Any]] = self.tenant.cluster.get("pods", "-n", self.tenant.namespace, "-l", labels)["items"]
+        found: list[dict[str, Any]] = self.tenant.cluster.get("pods", "-n", self.tenant.namespace, "-l", labels)[
+            "items"
+        ]
         return found
 
     def jobs_created(self) -> list[tuple[str, str]]:
@@ -205,7 +210,7 @@ class Run:
 
     def results(self, stage: str) -> list[dict[str, Any]]:
         """What the stage's attempts left in storage as their results, in order."""
-        files = [uri for uri in self.tenant.objects(f"{self.stage_root(stage)}/runs/{self.uid}/results/")]
+        files = self.tenant.objects(f"{self.stage_root(stage)}/runs/{self.uid}/results/")
         return [json.loads(self.tenant.read(uri)) for uri in sorted(files)]
 
     def checkpoints(self, stage: str) -> list[int]:
@@ -226,8 +231,8 @@ class Run:
             self.kubectl("get", "jobs,pods", "-o", "wide", check=False),
             self.kubectl("get", "events", "--sort-by=.lastTimestamp", check=False)[-3000:],
         ]
-        for pod in self.kubectl("get", "pods", "-o", "name", check=False).split()[-4:]:
-            parts.append(f"--- {pod}\n{self.kubectl('logs', pod, '--tail=15', check=False)}")
+        pods = self.kubectl("get", "pods", "-o", "name", check=False).split()[-4:]
+        parts += [f"--- {pod}\n{self.kubectl('logs', pod, '--tail=15', check=False)}" for pod in pods]
         return "\n".join([f"=== {namespace}/{self.name}", *parts, "--- operator", self.tenant.release.logs()])
 
 
@@ -250,13 +255,28 @@ def is_ended(status: dict[str, Any]) -> bool:
 @pytest.fixture(scope="session")
 def tiny_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Model and data of the tiny pipeline."""
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
+    return write_inputs(tmp_path_factory.mktemp("tiny") / "inputs")
+
+
+@contextmanager
+def fresh_tenant(release: Release, inputs: Path, label: str) -> Iterator[Tenant]:
+    """A namespace with the tiny pipeline's inputs in S3 and the credentials in a Secret."""
+    with fresh_namespace(release.cluster, label) as namespace:
+        found = Tenant(release, namespace)
+        found.create_secret()
+        found.upload(inputs)
+        yield found
 
 
 @pytest.fixture
-def tenant(release: Release, namespace: str, tiny_inputs: Path) -> Iterator[Tenant]:
-    """A namespace with the tiny pipeline's inputs in S3 and the credentials in a Secret."""
-    found = Tenant(release, namespace)
-    found.create_secret()
-    found.upload(tiny_inputs)
-    yield found
+def tenants(release: Release, tiny_inputs: Path, request: pytest.FixtureRequest) -> Iterator[Callable[[str], Tenant]]:
+    """Makes tenants, which share nothing: the same work in two of them is done twice."""
+    with ExitStack() as stack:
+        label = request.node.name.removeprefix("test_")[:24]
+        yield lambda name: stack.enter_context(fresh_tenant(release, tiny_inputs, f"{name}-{label}"))
+
+
+@pytest.fixture
+def tenant(tenants: Callable[[str], Tenant]) -> Tenant:
+    """The one tenant of a test."""
+    return tenants("team")
