@@ -126,3 +126,33 @@ def test_progress_rises_and_may_stop(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         generate(model, tokenizer, prompts_of(tokenizer), max_new_tokens=6, at_step=stop)
+
+
+class TwoRanks:
+    """One of two ranks in one process: exchanges add what the other one left."""
+
+    size = 2
+    device = torch.device("cpu")
+
+    def __init__(self, rank, left):
+        self.rank, self.left = rank, left
+
+    def sum_tensors(self, tensors):
+        (table,) = tensors
+        self.left[self.rank] = table.clone()
+        if len(self.left) == self.size:
+            table.copy_(sum(self.left.values()))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ranks_share_the_prompts_and_know_all_answers(tmp_path, temperature):
+    model, tokenizer = loaded(tmp_path)
+    prompts = prompts_of(tokenizer)
+    settings = {"max_new_tokens": 10, "temperature": temperature}
+    left = {}
+    generate(model, tokenizer, prompts, ranks=TwoRanks(0, left), **settings)
+    assert generate(model, tokenizer, prompts, ranks=TwoRanks(1, left), **settings) == generate(
+        model, tokenizer, prompts, **settings
+    )
+    busy = [int((table[:, 0] + table[:, 1] > 0).sum()) for table in left.values()]
+    assert sorted(busy) == [2, 3]
