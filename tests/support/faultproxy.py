@@ -61,7 +61,8 @@ def sometimes(share: float, *answers: Answer, seed: int = 7) -> Fault:
     def fault(request: web.Request) -> Answer | None:
         if "watch" in request.query or chance.random() >= share:
             return None
-        return chance.choice(answers)
+        # A conflict is an answer to a write only.
+        return chance.choice([answer for answer in answers if answer.status != 409 or request.method in WRITES])
 
     return fault
 
@@ -86,6 +87,15 @@ class FaultProxy:
     _session: Any = None
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
+        """One request. A connection that breaks, ours to the operator or on purpose, is no error of the proxy."""
+        try:
+            return await self._handle(request)
+        except (ConnectionError, aiohttp.ClientError):
+            if isinstance(request.transport, asyncio.Transport):
+                request.transport.abort()
+            return web.Response()
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
         self.requests += 1
         if self.is_down:
             self._cut(request)
@@ -112,7 +122,7 @@ class FaultProxy:
             request.method,
             self._server + request.path_qs,
             headers=headers,
-            data=await request.read(),
+            data=await request.read() or None,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
         ) as upstream:
             answer = web.StreamResponse(
