@@ -11,7 +11,26 @@ from plumbline_api.training import Dpo, Pretrain, Sft
 from support.tiny import save_model
 from support.trainer import base_model, external, parameters_of, stage_run, write_jsonl
 
-WORDS = ["a", "plumb", "line", "hangs", "straight", "down", "and", "shows", "whether", "the", "wall", "stands", "true", "or", "leans", "to", "one", "side"]
+WORDS = [
+    "a",
+    "plumb",
+    "line",
+    "hangs",
+    "straight",
+    "down",
+    "and",
+    "shows",
+    "whether",
+    "the",
+    "wall",
+    "stands",
+    "true",
+    "or",
+    "leans",
+    "to",
+    "one",
+    "side",
+]
 
 
 def phrase(rng: random.Random, low: int, high: int) -> str:

@@ -114,6 +114,24 @@ def test_rows_do_not_see_each_other(style: Style) -> None:
     torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("prompt", [0, 25])
+def test_long_responses_segment_by_segment(prompt: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from plumbline_trainer.engine import attention
+
+    calls: list[int] = []
+    real = attention._attend_by_segment
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "_attend_by_segment", counted)
+    rng = random.Random(1)
+    rows = [make_pair(rng, prompt, 190, 210), make_pair(rng, prompt, 3, 2)]
+    assert_same(adapted_model("llama"), rows)
+    assert len(calls) == 2, "one call per layer, for the long row only"
+
+
 def test_gradient_checkpointing_changes_nothing() -> None:
     from plumbline_trainer.engine.scorer import prepare_modes
 

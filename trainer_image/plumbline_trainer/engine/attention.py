@@ -17,6 +17,11 @@ SEGMENTS = "plumbline_segments"
 """Name under which the attention is registered; transformers builds no mask of its own for it."""
 
 
+WASTE_MAX = 60_000
+"""Scores of a block that may be computed in vain before its segments are taken one by one; measured on a CPU, where
+the further calls cost about as much as so many scores."""
+
+
 class FastPathError(Exception):
     """The model asks for something that packed attention does not do; the caller goes the plain way and says so."""
 
@@ -71,7 +76,11 @@ def segment_attention(
     outputs = [
         _attend(q, k, v, block, segment_plan, scaling=scaling, window=sliding_window, softcap=softcap)
         for q, k, v, block in zip(
-            query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), segment_plan.blocks, strict=True
+            torch.split(query, lengths, 2),
+            torch.split(key, lengths, 2),
+            torch.split(value, lengths, 2),
+            segment_plan.blocks,
+            strict=True,
         )
     ]
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -91,12 +100,19 @@ def _attend(
 ) -> Tensor:
     """Attention within one block: [1, heads, L, d] … → [1, L, heads, d]."""
     windowed = window is not None and window < block.length
+    if softcap is None and not windowed and not block.is_causal and wasted_scores(block) > WASTE_MAX:
+        return _attend_by_segment(query, key, value, block, plan, scaling=scaling)
     mask: Tensor | None = None
     if softcap is not None or windowed or not block.is_causal:
         mask = plan.mask(block, window=window if windowed else None, dtype=query.dtype, device=query.device)
-    groups = query.shape[1] // key.shape[1]
     if softcap is not None:
-        return _softcapped(query, key, value, mask, groups=groups, scaling=scaling, softcap=softcap)
+        return _softcapped(query, key, value, mask, scaling=scaling, softcap=softcap)
+    return _fused(query, key, value, mask, scaling=scaling)
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float | None) -> Tensor:
+    """Fused attention, causal where no mask is given: [1, heads, L, d] … → [1, L, heads, d]."""
+    groups = query.shape[1] // key.shape[1]
     if groups > 1 and query.device.type != "cpu" and mask is not None:
         # With a mask and grouped heads CUDA falls back to the unfused kernel; repeated heads keep the fused one.
         key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
@@ -104,6 +120,32 @@ def _attend(
         query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=groups > 1
     )
     return output.transpose(1, 2)
+
+
+def wasted_scores(block: Block) -> int:
+    """Scores between different responses, or of prompt with responses, that one masked product computes in vain."""
+    useful = block.prompt**2 + sum(length * (block.prompt + length) for length in block.responses)
+    return block.length**2 - useful
+
+
+def _attend_by_segment(
+    query: Tensor, key: Tensor, value: Tensor, block: Block, plan: SegmentPlan, *, scaling: float | None
+) -> Tensor:
+    """The prompt by itself, then each response over the prompt and itself."""
+    sizes = [block.prompt, *block.responses]
+    queries, keys, values = (torch.split(tensor, sizes, 2) for tensor in (query, key, value))
+    outputs = []
+    for index, size in enumerate(sizes):
+        if size == 0:
+            continue
+        alone = index == 0 or block.prompt == 0
+        part = Block(start=0, prompt=0 if alone else block.prompt, responses=(size,))
+        k = keys[index] if alone else torch.cat([keys[0], keys[index]], 2)
+        v = values[index] if alone else torch.cat([values[0], values[index]], 2)
+        # SDPA aligns a causal mask with the first key; behind a prompt it has to be given.
+        mask = None if alone else plan.mask(part, window=None, dtype=query.dtype, device=query.device)[-size:]
+        outputs.append(_fused(queries[index], k, v, mask, scaling=scaling))
+    return torch.cat(outputs, dim=1)
 
 
 def _softcapped(

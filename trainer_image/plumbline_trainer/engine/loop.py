@@ -186,7 +186,7 @@ class TrainingRun:
             torch.manual_seed(random_key(self.plan.seed, "dropout", self.state.step, self.ranks.rank, number))
             batch = pack([rows[index] for index in members] or [dummy_of(rows[0])], self.ranks.device)
             found = objective.sums(batch, self.scorer(batch))
-            (found["loss"] / size).backward()
+            torch.autograd.backward(found["loss"] / size)
             for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
         return {name: value / size for name, value in self.ranks.sum_floats(sums).items()}

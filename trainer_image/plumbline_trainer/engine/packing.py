@@ -54,7 +54,7 @@ class PackedBatch:
 
         Sums are taken range by range, so that they do not depend on what else is in the batch.
         """
-        parts = values.split([len(answer.scored) for answer in self.answers])
+        parts = torch.split(values, [len(answer.scored) for answer in self.answers])
         return torch.stack([part.sum() for part in parts])
 
 

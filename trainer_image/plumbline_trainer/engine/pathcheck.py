@@ -33,7 +33,7 @@ TOLERANCES = {
     "float32": Tolerance(loss=1e-5, token=2e-3, gradient=1e-3),
     "bfloat16": Tolerance(loss=0.02, token=1.0, gradient=0.15),
 }
-"""bfloat16 has 8 bits: single tokens differ by tenths, means by about a percent. A leak or a wrong mask is far above."""
+"""bfloat16 has 8 bits: single tokens differ by tenths, means by a percent. A leak or a wrong mask is far above."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
+from transformers import PreTrainedModel
 
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.loop import TrainingRun
@@ -62,8 +63,8 @@ def _named_scores(run: TrainingRun, policy: Policy, rows: Sequence[Encoded]) -> 
     )
     if reference.tokenizer.digest != policy.tokenizer.digest:
         raise InputError(
-            f'stage {context.run.stage}: the policy and the reference "{context.input("reference").name}" have different '
-            "tokenizers or chat templates; choose a reference that was trained from the same base model"
+            f'stage {context.run.stage}: the policy and the reference "{context.input("reference").name}" have '
+            "different tokenizers or chat templates; choose a reference that was trained from the same base model"
         )
     key = _key(run, reference, "checked").digest(rows)
     return _kept(run, key, rows) or _computed(run, reference.model, key, rows)
@@ -85,7 +86,7 @@ def _kept(run: TrainingRun, key: str, rows: Sequence[Encoded]) -> Scores | None:
     return None if run.ranks.any(scores is None) else scores
 
 
-def _computed(run: TrainingRun, model: object, key: str, rows: Sequence[Encoded]) -> Scores:
+def _computed(run: TrainingRun, model: PreTrainedModel | Scorer, key: str, rows: Sequence[Encoded]) -> Scores:
     context = run.context
 
     def at_batch(done: int, batches: int) -> None:
@@ -93,11 +94,9 @@ def _computed(run: TrainingRun, model: object, key: str, rows: Sequence[Encoded]
         if run.ranks.is_main:
             context.progress.update(run.state.step, run.plan.steps, f"reference pass, batch {done + 1} of {batches}")
 
-    own = model is run.scorer
-    assert isinstance(model, Scorer | torch.nn.Module)
-    with adapters_disabled(run.scorer.model) if own else nullcontext():
+    with adapters_disabled(run.scorer.model) if model is run.scorer else nullcontext():
         scores = score_rows(
-            model,  # type: ignore[arg-type]
+            model,
             rows,
             tokens_per_batch=run.training.tokens_per_batch,
             device=run.ranks.device,

@@ -1,4 +1,4 @@
-"""What the reference policy says of the rows: computed once at the start of a stage, kept in storage, found by content."""
+"""What the reference policy says of the rows: computed once when a stage starts, kept in storage, found by content."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from plumbline_trainer.engine.attention import (
     register,
 )
 from plumbline_trainer.engine.logprobs import head_of, token_log_probabilities
+from plumbline_trainer.engine.lowrank import in_one_piece, use_one_piece, use_separate_pieces
 from plumbline_trainer.engine.packing import PackedBatch
 from plumbline_trainer.errors import InputError
 
@@ -61,7 +63,7 @@ class Scorer(nn.Module):
         head = head_of(model)
         if head is None:
             raise FastPathError("the output head is not a plain linear layer")
-        with self._attention(SEGMENTS):
+        with self._arranged(SEGMENTS, one_piece=True):
             outputs = model.get_decoder()(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
@@ -74,7 +76,7 @@ class Scorer(nn.Module):
     def _plain(self, batch: PackedBatch) -> Tensor:
         model = self.model
         parts: list[Tensor] = []
-        with self._attention(plain_implementation(model)):
+        with self._arranged(plain_implementation(model), one_piece=False):
             for answer in batch.answers:
                 if not answer.offsets:
                     continue
@@ -86,12 +88,18 @@ class Scorer(nn.Module):
                 parts.append(scores.gather(1, ids[0, places][:, None]).squeeze(1))
         return torch.cat(parts) if parts else torch.zeros(0, device=batch.input_ids.device)
 
-    def _attention(self, implementation: str) -> AbstractContextManager[object]:
-        if self.model.is_activation_checkpointing and torch.is_grad_enabled():
+    @contextmanager
+    def _arranged(self, implementation: str, *, one_piece: bool) -> Iterator[None]:
+        """Choose attention and adapter arithmetic for one forward pass."""
+        model = self.model
+        if model.is_activation_checkpointing and torch.is_grad_enabled():
             # Layers run again in the backward pass, after this context: the choice has to stay.
-            choose_attention(self.model, implementation)
-            return nullcontext()
-        return attention_of(self.model, implementation)
+            choose_attention(model, implementation)
+            (use_one_piece if one_piece else use_separate_pieces)(model)
+            yield
+            return
+        with attention_of(model, implementation), in_one_piece(model) if one_piece else nullcontext():
+            yield
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.precision != "bfloat16":

@@ -1,7 +1,7 @@
 """What a checkpoint holds: trained weights and optimizer moments by parameter name, the rest as JSON.
 
-Random numbers are keyed by seed and step, and the data order is a function of seed and epoch, so that the step number is
-all there is to keep of them.
+Random numbers are keyed by seed and step, and the data order is a function of seed and epoch, so that the step number
+is all there is to keep of them.
 """
 
 from __future__ import annotations
