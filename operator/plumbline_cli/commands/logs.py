@@ -57,46 +57,38 @@ def logs(
 def _local_lines(
     target: LocalTarget, stage: str | None, attempt: int | None, *, follow: bool, tail: int | None
 ) -> Iterator[str]:
-    jobs = target.state.jobs
-    with_log = [job for job in jobs if target.folder.job(job.name).log.exists()]
-    name = stage or _default_stage(target.state.status, [job.stage for job in with_log])
-    chosen = [job for job in with_log if job.stage == name and attempt in (None, job.attempt)]
+    found = target.folder.attempts()
+    current = {job.name for job in target.state.jobs}
+    name = stage or _default_stage(target.state.status, [item.run.stage for item in found if item.job in current])
+    chosen = [item for item in found if item.run.stage == name and attempt in (None, item.run.attempt)]
     if not chosen:
-        there = ", ".join(dict.fromkeys(f"{job.stage} (attempt {job.attempt})" for job in with_log)) or "none"
-        what = "" if name is None else f" of {name}" + ("" if attempt is None else f", attempt {attempt},")
-        raise CommandError(
-            f"there is no log{what} in the latest run: a stage that was found in storage prints nothing. Logs: {there}",
-            NOT_FOUND,
-        )
+        there = ", ".join(dict.fromkeys(f"{item.run.stage} (attempt {item.run.attempt})" for item in found)) or "none"
+        what = "" if name is None else f" of {name}" + ("" if attempt is None else f", attempt {attempt}")
+        raise CommandError(f"there is no log{what} in {target.folder.path}. Logs: {there}", NOT_FOUND)
     job = chosen[-1]
+    if job.job not in current:
+        err().print(f"{job.run.stage} did not run in the latest call; this is its log of an earlier one", style="dim")
 
     def is_over() -> bool:
-        now = next((item for item in target.again().state.jobs if item.name == job.name), None)
+        now = next((item for item in target.again().state.jobs if item.name == job.job), None)
         return now is None or now.state != "running" or not target.is_running
 
-    yield from _read(target.folder.job(job.name).log, tail=tail)
-    if follow:
-        yield from _follow(target.folder.job(job.name).log, is_over)
+    yield from read_lines(target.folder.job(job.job).log, tail=tail, is_over=is_over if follow else None)
 
 
-def _read(path: Path, *, tail: int | None) -> Iterator[str]:
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    yield from lines if tail is None else lines[max(0, len(lines) - tail) :]
-
-
-def _follow(path: Path, is_over: Callable[[], bool]) -> Iterator[str]:
+def read_lines(path: Path, *, tail: int | None, is_over: Callable[[], bool] | None) -> Iterator[str]:
+    """The lines of a file, the last `tail` where given; with `is_over` also those that come until it holds."""
     with path.open(encoding="utf-8", errors="replace") as file:
-        file.seek(0, 2)
-        pending = ""
-        while True:
-            over = is_over()
-            pending += file.read()
-            *lines, pending = pending.split("\n")
-            yield from lines
-            if over:
-                break
+        over = is_over is None or is_over()
+        *lines, pending = file.read().split("\n")
+        yield from lines if tail is None else lines[max(0, len(lines) - tail) :]
+        while is_over is not None and not over:
             time.sleep(POLL_SECONDS)
-    if pending:
+            # Asked before reading, so that what was printed last is read as well.
+            over = is_over()
+            *lines, pending = (pending + file.read()).split("\n")
+            yield from lines
+    if pending and tail != 0:
         yield pending
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from plumbline_api import layout
 from plumbline_api.base import Contract
+from plumbline_api.errors import InputError
 from plumbline_api.pipeline import AlignmentPipeline
 from plumbline_api.stagerun import Role, StageResult, StageRun
 from plumbline_api.status import PipelineStatus
@@ -102,6 +104,14 @@ class RunFolder:
         """The files of one attempt."""
         return JobFolder(self.path / "jobs" / name)
 
+    def attempts(self) -> list[Attempt]:
+        """Every attempt that has left files here, of earlier calls too; the latest last."""
+        found = []
+        for file in (self.path / "jobs").glob("*/stage.json"):
+            with suppress(OSError, InputError):
+                found.append((file.stat().st_mtime, Attempt(file.parent.name, StageRun.from_json(file.read_text()))))
+        return [attempt for _, attempt in sorted(found, key=lambda item: item[0])]
+
     def load(self) -> LocalState | None:
         """The state of the latest call; None where there was none, or where an older release wrote it."""
         try:
@@ -112,6 +122,16 @@ class RunFolder:
     def save(self, state: LocalState) -> None:
         """Replace the state in one step."""
         replace_file(self.state_file, state.model_dump_json(by_alias=True, exclude_none=True, indent=1))
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """An attempt that has left files."""
+
+    job: str
+    """Name of its job."""
+    run: StageRun
+    """What it was told."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,10 +90,19 @@ def test_what_is_not_there_is_code_3_with_a_remedy(plumbline, manifest):
     assert "plumbline run FILE" in ended.err
     assert plumbline("validate", "none.yaml").code == 3
     plumbline("run", manifest)
-    plumbline("run", manifest)
-    logs = plumbline("logs", manifest, "sft")
+    logs = plumbline("logs", manifest, "sftt")
     assert logs.code == 3
-    assert "found in storage prints nothing" in logs.err
+    assert "there is no log of sftt" in logs.err
+    assert "sft (attempt 1)" in logs.err
+
+
+def test_the_log_of_a_stage_that_was_found_in_storage_is_that_of_an_earlier_call(plumbline, manifest):
+    plumbline("run", manifest)
+    plumbline("run", manifest)
+    ended = plumbline("logs", manifest, "sft")
+    assert ended.out == "sft attempt 1 begins\n"
+    assert "its log of an earlier one" in ended.err
+    assert plumbline("logs", manifest).out.startswith("finalize attempt 1 begins")
 
 
 def test_mistakes_are_code_2_and_never_a_traceback(plumbline, manifest, tmp_path):
