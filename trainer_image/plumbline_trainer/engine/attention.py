@@ -154,10 +154,10 @@ def _softcapped(
     value: Tensor,
     mask: Tensor | None,
     *,
-    groups: int,
     scaling: float | None,
     softcap: float,
 ) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.tanh(query @ key.transpose(2, 3) * (scale / softcap)) * softcap
