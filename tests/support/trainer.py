@@ -20,8 +20,8 @@ from plumbline_api.resolve import resolve
 from plumbline_api.stagerun import STAGE_ENV, TERMINATION_LOG_ENV, StageInput, StageResult, StageRun
 from plumbline_api.stages import STAGE_TYPES
 from plumbline_api.training import DEFAULT_LEARNING_RATES
+from plumbline_trainer.cgroups import available_cpus
 from plumbline_trainer.context import StageContext, StopSignal
-from plumbline_trainer.launcher import available_cpus
 from plumbline_trainer.progress import ProgressReporter
 from plumbline_trainer.storage.manifests import Manifest, read_manifest
 from plumbline_trainer.storage.objects import open_store

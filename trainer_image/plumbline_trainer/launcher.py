@@ -33,6 +33,7 @@ from plumbline_api.stagerun import (
 )
 from plumbline_api.stages import STAGE_TYPES
 
+from plumbline_trainer.cgroups import available_cpus, oom_kills
 from plumbline_trainer.errors import InputError, TransientError
 from plumbline_trainer.outcomes import RankReport, Verdict, failure, judge, read_report
 from plumbline_trainer.storage import uris
@@ -338,46 +339,6 @@ class StopRequest:
     def _note(self, _number: int, _frame: object) -> None:
         self.requested = True
         self._event.set()
-
-
-def available_cpus() -> int:
-    """Processors that this process may use: its affinity, and the quota of its control group."""
-    count = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
-        if quota != "max":
-            count = min(count, max(1, round(int(quota) / int(period))))
-    with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup/cpu")
-        limit = int((group / "cpu.cfs_quota_us").read_text(encoding="utf-8"))
-        if limit > 0:
-            per = int((group / "cpu.cfs_period_us").read_text(encoding="utf-8"))
-            count = min(count, max(1, round(limit / per)))
-    return count
-
-
-def oom_kills() -> int | None:
-    """Processes of this control group that the kernel has killed for memory so far; None where it does not tell."""
-    for path in _oom_counters():
-        with contextlib.suppress(OSError, ValueError):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                name, _, value = line.partition(" ")
-                if name == "oom_kill":
-                    return int(value)
-    return None
-
-
-def _oom_counters() -> list[Path]:
-    """Files that may hold the count: as a container sees its own group, then by path."""
-    found = []
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers == "memory":
-                found.append(Path("/sys/fs/cgroup/memory") / path.lstrip("/") / "memory.oom_control")
-            elif not controllers:
-                found.append(Path("/sys/fs/cgroup") / path.lstrip("/") / "memory.events")
-    return [*found, Path("/sys/fs/cgroup/memory/memory.oom_control"), Path("/sys/fs/cgroup/memory.events")]
 
 
 def _grace(environment: Mapping[str, str]) -> float:
