@@ -189,7 +189,7 @@ def test_saved_adapter_has_no_paths_and_loads_in_peft(tmp_path):
     import peft
 
     source = tiny.save_model(tmp_path / "base", "qwen2")
-    model, tokenizer = load_base(source, "float32")
+    model, _ = load_base(source, "float32")
     lora = Lora(rank=4, targets=["q_proj", "v_proj"])
     perturbed_adapter(model, lora, 2)
     adapters.save_adapter(model, lora, tmp_path / "adapter")

@@ -17,7 +17,7 @@ import torch
 from plumbline_api.errors import InputError
 from torch import Tensor
 
-_CHUNK = 1 << 16
+_CHUNK = 1 << 17
 """Elements per block: large enough to hide the cost of a call, small enough to stay in the cache."""
 LOST_PART_WARNING = 0.3
 """Share of a delta that may be lost by rounding before people are warned."""

@@ -66,6 +66,8 @@ class Training:
     type: str
     figures: list[Figure]
     numbers: list[tuple[str, str]]
+    held_out: bool = False
+    """Whether held-out rows were measured on the way."""
     remarks: list[str] = field(default_factory=list)
 
 
@@ -133,7 +135,8 @@ def build(facts: RunFacts, *, written: str) -> dict[str, Any]:
 def _tile(finding: Finding) -> Tile:
     notes = []
     if finding.judge is not None:
-        notes.append(f"judge: {finding.judge}")
+        form = ", which judges form and not truth" if finding.judge.startswith("rule") else ""
+        notes.append(f"judge: {finding.judge}{form}")
     notes.append(f"{words.number(finding.prompts)} prompts of {finding.dataset}, {finding.split} split")
     if finding.in_sample:
         notes.append(f"in-sample: the {' and '.join(finding.in_sample)} took part in training")
@@ -142,7 +145,8 @@ def _tile(finding: Finding) -> Tile:
     before = "" if finding.baseline_value is None else words.shown(finding, finding.baseline_value)
     if finding.kind == "winRate":
         counts = [finding.document.get(key, 0) for key in ("wins", "ties", "losses")]
-        before = "{} won, {} tied (each counts half), {} lost".format(*counts)
+        half = " (each counts half)" if counts[1] else ""
+        before = f"{counts[0]} won, {counts[1]} tied{half}, {counts[2]} lost"
     elif before:
         before = f"{finding.baseline}: {before}"
     if change := words.change_text(finding):
@@ -281,7 +285,8 @@ def _training(stage: StageFacts) -> Training | None:
         remarks.append(f"{words.number(cut)} rows were cut at maxLength; the model does not learn an end from them")
     if stage.metrics.get("plainPath"):
         remarks.append("the packed path did not agree with the plain one on this model, so the plain one was used")
-    return Training(stage.name, stage.record.type, figures, numbers, remarks)
+    held_out = any(name.startswith("eval") for point in stage.points for name in point.metrics)
+    return Training(stage.name, stage.record.type, figures, numbers, held_out, remarks)
 
 
 def _answer_sets(stage: StageFacts) -> list[AnswerSet]:
