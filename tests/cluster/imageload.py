@@ -21,6 +21,9 @@ from cluster.places import cache_root, locked
 from cluster.state import ClusterState
 
 NAME_ANNOTATION = "io.containerd.image.name"
+ROOT_LABEL = "containerd.io/gc.root"
+LOAD_ATTEMPTS = 5
+"""A blob may be collected between its registration and its label: then once more."""
 
 
 def load_images(state: ClusterState, which: str) -> None:
@@ -39,15 +42,15 @@ def load_image(state: ClusterState, name: str, reference: str) -> None:
         with locked(cache_root() / "images" / "load.lock"):
             layout = cache_root() / "images" / f"layout-{name}"
             export_layout(reference, layout)
-            # A blob that no image refers to yet may be collected between its registration and the import: then once more.
-            for last in (False, True):
-                register_blobs(state, layout)
+            for attempt in range(1, LOAD_ATTEMPTS + 1):
                 try:
+                    register_blobs(state, layout)
                     import_index(state, layout, reference)
                     break
                 except ClusterFailedError:
-                    if last:
+                    if attempt == LOAD_ATTEMPTS:
                         raise
+            release_blobs(state, layout)
     listed = containerd_client(state, "images", "list")
     if older := older_references(listed, reference):
         containerd_client(state, "images", "remove", "--sync", *older)
@@ -93,22 +96,31 @@ def layout_blobs(layout: Path) -> list[tuple[Path, int]]:
 
 
 def register_blobs(state: ClusterState, layout: Path) -> None:
-    """Make containerd know the layout's blobs: linked into its content folder where the file system allows, else copied."""
+    """Make containerd know the layout's blobs: linked into its content folder where the file system allows, else copied.
+
+    Each is marked as a root of garbage collection, since no image refers to it yet and pods that end set a collection off.
+    """
     content = containerd_root() / "io.containerd.content.v1.content" / "blobs" / "sha256"
     content.mkdir(parents=True, exist_ok=True)
     known = containerd_client(state, "content", "list", "--quiet").split()
     for blob, size in layout_blobs(layout):
         digest = f"sha256:{blob.name}"
-        if digest in known:
-            continue
-        try:
-            os.link(blob, content / blob.name)
-        except FileExistsError:
-            pass
-        except OSError as error:
-            if error.errno not in (18, 1, 31):  # EXDEV, EPERM, EMLINK: containerd then copies what it reads
-                raise
-        _feed(state, blob, "content", "ingest", f"--expected-digest={digest}", f"--expected-size={size}", f"plumbline-{blob.name}")  # fmt: skip
+        if digest not in known:
+            try:
+                os.link(blob, content / blob.name)
+            except FileExistsError:
+                pass
+            except OSError as error:
+                if error.errno not in (18, 1, 31):  # EXDEV, EPERM, EMLINK: containerd then copies what it reads
+                    raise
+            _feed(state, blob, "content", "ingest", f"--expected-digest={digest}", f"--expected-size={size}", f"plumbline-{blob.name}")  # fmt: skip
+        containerd_client(state, "content", "label", digest, f"{ROOT_LABEL}=plumbline")
+
+
+def release_blobs(state: ClusterState, layout: Path) -> None:
+    """Take the marks away: from now on the image keeps its blobs."""
+    for blob, _ in layout_blobs(layout):
+        containerd_client(state, "content", "label", f"sha256:{blob.name}", f"{ROOT_LABEL}=")
 
 
 def import_index(state: ClusterState, layout: Path, reference: str) -> None:
