@@ -12,7 +12,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 import typer
 
 from plumbline_cli.commands.registry import register
-from plumbline_cli.exits import EXIT_CODES_HELP, INTERRUPTED, RUN_FAILED, CommandError
+from plumbline_cli.exits import BAD_INPUT, EXIT_CODES_HELP, INTERRUPTED, RUN_FAILED, CommandError
 
 app = typer.Typer(
     name="plumbline",
@@ -51,6 +51,16 @@ def main() -> None:
     except BrokenPipeError:
         # The reader has left (`| head`); a second complaint of the interpreter at exit helps nobody.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(RUN_FAILED)
+    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        if debug:
+            raise
+        _complain(f"{error.filename}: {error.strerror}")
+        sys.exit(BAD_INPUT)
+    except OSError as error:
+        if debug:
+            raise
+        _complain(f"{error.filename or 'this machine'}: {error.strerror or error}")
         sys.exit(RUN_FAILED)
     except Exception as error:  # the last line of defence: words instead of a traceback
         if debug:

@@ -79,16 +79,20 @@ def _local_lines(
 def read_lines(path: Path, *, tail: int | None, is_over: Callable[[], bool] | None) -> Iterator[str]:
     """The lines of a file, the last `tail` where given; with `is_over` also those that come until it holds."""
     with path.open(encoding="utf-8", errors="replace") as file:
-        over = is_over is None or is_over()
+        if is_over is None:
+            lines = file.read().splitlines()
+            yield from lines if tail is None else lines[max(0, len(lines) - tail) :]
+            return
+        over = is_over()
         *lines, pending = file.read().split("\n")
         yield from lines if tail is None else lines[max(0, len(lines) - tail) :]
-        while is_over is not None and not over:
+        while not over:
             time.sleep(POLL_SECONDS)
             # Asked before reading, so that what was printed last is read as well.
             over = is_over()
             *lines, pending = (pending + file.read()).split("\n")
             yield from lines
-    if pending and tail != 0:
+    if pending:
         yield pending
 
 

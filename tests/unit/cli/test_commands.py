@@ -237,6 +237,23 @@ def test_a_fault_of_ours_is_a_message_and_with_debug_a_traceback(plumbline, mani
         main()
 
 
+def test_a_storage_that_cannot_be_written_is_named(plumbline, manifest, tmp_path):
+    (tmp_path / "file").write_text("")
+    ended = plumbline("run", manifest, "--storage", tmp_path / "file")
+    assert ended.code == 2
+    assert f"{tmp_path / 'file'}" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_a_local_run_loads_neither_torch_nor_kopf_nor_kubernetes():
+    code = (
+        "import sys; import plumbline_cli.local.runner, plumbline_cli.local.session, plumbline_cli.display.ending;"
+        "print([name for name in ('torch', 'kubernetes', 'boto3', 'kopf', 'plumbline_trainer') if name in sys.modules])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "[]"
+
+
 def test_importing_the_command_loads_neither_torch_nor_kubernetes():
     code = (
         "import sys; import plumbline_cli.main; "
