@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from typing import Annotated, Any
 
 import typer
@@ -38,6 +37,8 @@ def retry(
     output: Output = Format.TEXT,
 ) -> None:
     """Try the failed stages of a pipeline again; what succeeded stays."""
+    import secrets
+
     target = find_cluster_target(name, namespace=namespace, context=context)
     body = target.read()
     if stage is not None:

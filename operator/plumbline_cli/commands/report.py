@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import webbrowser
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +34,9 @@ def report(
 
 
 def _report_local(target: LocalTarget, *, open_: bool, save: Path | None, output: Format) -> None:
+    import shutil
+    import webbrowser
+
     from plumbline_cli.display.ending import print_figures
     from plumbline_cli.local.results import find_report, read_summary
 
@@ -59,6 +60,8 @@ def _report_local(target: LocalTarget, *, open_: bool, save: Path | None, output
 
 
 def _report_cluster(target: ClusterTarget, *, open_: bool, save: Path | None, output: Format) -> None:
+    import webbrowser
+
     body = target.read()
     uri = (body.get("status") or {}).get("report")
     if not uri:

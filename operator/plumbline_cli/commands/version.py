@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-from importlib import metadata
 from typing import Any
 
 from plumbline_cli.commands.options import Output
@@ -12,11 +10,15 @@ from plumbline_cli.output import Format, out, print_document
 
 def installed_version() -> str:
     """The version of this software, as stages and records carry it."""
+    from importlib import metadata
+
     return metadata.version("plumbline")
 
 
 def version(output: Output = Format.TEXT) -> None:
     """Print the versions of plumbline and of its contract with the trainer."""
+    import platform
+
     from plumbline_api.base import GROUP_VERSION
     from plumbline_api.record import CONTRACT_VERSION
 
