@@ -10,7 +10,7 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from plumbline_api.errors import ManifestError
@@ -156,7 +156,7 @@ class Cache:
     # Jobs.
 
     def put_job(self, body: dict[str, Any]) -> JobFacts | None:
-        """Take a Job in; its facts where they are new, None where a newer version is known or it is no attempt."""
+        """Take a Job in; its facts where they tell something new, else None."""
         facts = read_job(body)
         if facts is None or facts.uid in self._graves:
             return None
@@ -174,7 +174,7 @@ class Cache:
         self._by_pipeline.setdefault(facts.pipeline_uid, set()).add(key)
         if facts.state == "running" and facts.role == "stage":
             self._running.setdefault(facts.namespace, {})[key] = facts.fingerprint
-        return facts
+        return None if known is not None and _is_same(known.facts, facts) else facts
 
     def drop_job(self, namespace: str, name: str, uid: str) -> JobFacts | None:
         """A Job is gone; what was known of it."""
@@ -265,3 +265,11 @@ class Cache:
         self._graves[uid] = None
         while len(self._graves) > GRAVES_MAX:
             self._graves.popitem(last=False)
+
+
+def _is_same(before: JobFacts, after: JobFacts) -> bool:
+    """Whether a newer version of a Job tells nothing new: a Job that waits may have its pod made, or told of again."""
+    ignored: dict[str, Any] = {"resource_version": 0, "started": None}
+    if after.state == "waiting" and not after.suspended:
+        ignored["active"] = False
+    return replace(before, **ignored) == replace(after, **ignored)

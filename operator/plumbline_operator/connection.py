@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from urllib.request import getproxies
 
 import aiohttp
 import kopf
@@ -56,8 +57,10 @@ class Connection:
 
     def session(self) -> aiohttp.ClientSession:
         """A new session; the caller closes it. Authorization is set by each request."""
+        # With trust_env aiohttp looks for a ~/.netrc before every request, in a thread: only where a proxy asks for it.
+        has_proxy = bool(getproxies().keys() & {"http", "https", "all"})
         connector = aiohttp.TCPConnector(limit=CONNECTIONS_MAX, ssl=self.ssl_context(), keepalive_timeout=60)
-        return aiohttp.ClientSession(connector=connector, trust_env=True)
+        return aiohttp.ClientSession(connector=connector, trust_env=has_proxy)
 
 
 def login(settings: kopf.OperatorSettings) -> Connection:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import kopf
-from plumbline_api.base import API_GROUP
 from plumbline_api.names import FINALIZER
 
 from plumbline_operator.announcer import Announcer
@@ -27,6 +26,7 @@ from plumbline_operator.certificates import (
 from plumbline_operator.configuration import OperatorSettings, software_version
 from plumbline_operator.connection import LoginError, kopf_credentials, login
 from plumbline_operator.controller import Controller
+from plumbline_operator.handlers.stateless import NoDiffBase, NoProgress
 from plumbline_operator.handlers.watching import Watcher
 from plumbline_operator.health import Health, serve_health, serve_metrics
 from plumbline_operator.jobs import Key
@@ -51,8 +51,8 @@ def kopf_settings() -> kopf.OperatorSettings:
     """How kopf watches. It writes nothing: no finalizer, no annotation, no event."""
     settings = kopf.OperatorSettings()
     settings.persistence.finalizer = FINALIZER
-    settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=API_GROUP)
-    settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=API_GROUP, key="last-handled")
+    settings.persistence.progress_storage = NoProgress()
+    settings.persistence.diffbase_storage = NoDiffBase()
     settings.persistence.consistency_timeout = 10
     settings.watching.inactivity_timeout = 70
     settings.watching.server_timeout, settings.watching.client_timeout = 240, 300
