@@ -72,6 +72,7 @@ class TrainingRun:
     def _decide_path(self) -> None:
         if self.state.path is None:
             first = [self.rows[index] for index in self.plan.rows(0)]
+            self._tell("comparing the fast path with the plain one")
             choice = choose_path(
                 self.scorer, first, self.trainables, tokens=self.training.tokens_per_batch, ranks=self.ranks
             )
@@ -197,6 +198,7 @@ class TrainingRun:
         batches = fill_batches([packed_length(row) for row in rows], budget=self.training.tokens_per_batch)
         for done in range(0, len(batches), self.ranks.size):
             self.leave_if_stopped()
+            self._tell(f"evaluation, batch {done + 1} of {len(batches)}")
             mine = done + self.ranks.rank
             members = [rows[index] for index in batches[mine]] if mine < len(batches) else [dummy_of(rows[0])]
             batch = pack(members, self.ranks.device)
@@ -232,6 +234,10 @@ class TrainingRun:
             self.context.progress.update(step, steps, metrics=figures)
             shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
             self.context.log.info("step %d/%d  %s", step, steps, shown)
+
+    def _tell(self, message: str) -> None:
+        if self.ranks.is_main:
+            self.context.progress.update(self.state.step, self.plan.steps, message)
 
     def _save(self) -> None:
         """Commit a checkpoint of the current step; the upload goes on beside training."""

@@ -13,8 +13,8 @@ from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.packing import PackedBatch, pack, packed_length
 from plumbline_trainer.engine.scorer import Path, Scorer, recurrent_layers
 
-CHECK_TOKENS = 384
-"""Tokens of the compared micro-batch: enough for several rows, small beside one step."""
+CHECK_TOKENS = 192
+"""Tokens of the compared micro-batch: enough for two rows, small beside one step."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from plumbline_trainer.models.policy import Policy, load_policy
 START_TOLERANCES = {"float32": 1e-3, "bfloat16": 0.5}
 """Largest |log π − log π_ref| of a response before the first step, where both are the same weights. Only the cut into
 micro-batches differs, so float32 leaves rounding; bfloat16 adds up to some hundredths per token."""
-CHECK_TOKENS = 384
+CHECK_TOKENS = 192
 
 
 def find_references(run: TrainingRun, policy: Policy, held_out: Sequence[Encoded]) -> References:
