@@ -78,11 +78,11 @@ def print_figures(console: Console, summary: dict[str, Any]) -> None:
         return
     console.print()
     if isinstance(summary.get("sentence"), str):
-        console.print(Padding(Text(summary["sentence"]), (0, 0, 0, 2)))
+        console.print(Padding(Text(summary["sentence"]), (0, 0, 0, 2)), soft_wrap=False)
         console.print()
-    console.print(table)
+    console.print(table, soft_wrap=False)
     for note in figure_notes(summary):
-        console.print(Padding(Text(note, style="dim"), (0, 0, 0, 2)))
+        console.print(Padding(Text(note, style="dim"), (0, 0, 0, 2)), soft_wrap=False)
 
 
 def shown(path: Path) -> str:

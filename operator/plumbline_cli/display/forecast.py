@@ -34,7 +34,7 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
         sign, style = (signs.succeeded, "green") if stage.is_cached else (signs.running, "cyan")
         action = Text(f"{sign} {'found in storage' if stage.is_cached else 'runs'}", style=style)
         table.add_row(Text(f"  {stage.record.name}"), action, Text(describe(stage)))
-    console.print(table)
+    console.print(table, soft_wrap=False)
     left = sum(not stage.is_cached for stage in forecast.stages)
     console.print(f"  {plural(left, 'stage')} to run" if left else "  nothing to run: every stage is in storage")
 

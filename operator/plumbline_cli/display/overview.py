@@ -31,7 +31,7 @@ def print_overview(console: Console, body: dict[str, Any], status: PipelineStatu
     parts = [name, status.phase, status.runtime or "", f"{number(hours)} GPU-hours" if hours else ""]
     console.print(Text(f" {signs.dot} ".join(part for part in parts if part), style="bold"))
     if status.phase != "Refused":
-        console.print(StageTable(stage_lines(pipeline, status, now), signs))
+        console.print(StageTable(stage_lines(pipeline, status, now), signs), soft_wrap=False)
     for text in complaints(status):
         console.print(Text(f"  {text}", style="red"))
     if status.model is not None and status.phase == "Succeeded":

@@ -5,12 +5,15 @@ import pytest
 from plumbline_api.pipeline import AlignmentPipeline
 from plumbline_api.stagerun import TrainerStatus
 from plumbline_api.status import PipelineStatus
+from plumbline_cli.display.ending import print_figures
 from plumbline_cli.display.figures import figure_notes, figures_table
 from plumbline_cli.display.live import LiveTable, PlainLines
+from plumbline_cli.display.overview import print_overview
 from plumbline_cli.display.stages import stage_lines
 from plumbline_cli.display.table import StageTable
 from plumbline_cli.display.words import ASCII, UNICODE, clock, duration, number, plural, symbols
 from plumbline_cli.local.runner import RunView
+from plumbline_cli.output import out
 from rich.console import Console
 from support.local_runs import pipeline_body
 
@@ -132,6 +135,23 @@ def test_figures_are_a_table_with_what_they_rest_on():
     ]
     assert figures_table({"columns": [], "rows": []}) is None
     assert figures_table({}) is None
+
+
+def test_nothing_is_cut_off_where_output_goes_to_a_file(tmp_path, monkeypatch):
+    words = " ".join(f"word{number}" for number in range(60))
+    summary = {
+        "sentence": words,
+        "columns": ["final"],
+        "rows": [{"label": "perplexity", "values": {}, "dataset": words}],
+    }
+    failed = status(phase="Failed", reason="BadInput", message=words)
+    with (tmp_path / "out").open("w+") as file:
+        monkeypatch.setattr("sys.stdout", file)
+        print_figures(out(), summary)
+        print_overview(out(), pipeline_body(), failed, NOW)
+        file.seek(0)
+        shown = " ".join(file.read().split())
+    assert shown.count("word59") == 3
 
 
 def test_words():
