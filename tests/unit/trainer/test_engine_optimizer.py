@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-
 from plumbline_api.training import Schedule, Training
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.optimizer import Optimizer, named_trainables
 from plumbline_trainer.engine.state import TrainingState, read_progress, read_state, write_state
 from plumbline_trainer.errors import InputError
+from torch import nn
 
 
 class Small(nn.Module):
