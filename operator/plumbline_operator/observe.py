@@ -21,7 +21,7 @@ from plumbline_operator.cache import Cache
 from plumbline_operator.errors import NotFoundError
 from plumbline_operator.jobs import JobFacts
 from plumbline_operator.kube import JOBS, PODS, Kube
-from plumbline_operator.pods import Evidence, Pod, Wait, read_evidence, read_wait, started_of
+from plumbline_operator.pods import Evidence, Pod, Wait, is_pending, read_evidence, read_wait, started_of
 from plumbline_operator.record import ForeignRecordError, RecordStore
 from plumbline_operator.refusals import Refusals
 from plumbline_operator.snapshot import JobView, ProgressView, Snapshot
@@ -165,6 +165,9 @@ class Observer:
         ended = [] if is_settled else [job for job in jobs if job.is_finished and self._recall(job).evidence is None]
         running = [job for job in jobs if job.state == "running" and self._lacks_start(job)]
         waiting = [job for job in jobs if job.state == "waiting" and not job.suspended and not job.deleting]
+        for job in jobs:
+            if job.state == "running":
+                self._recall(job).asked_at = None  # should it wait again, that is another wait
         moment = self.clock()
         due = [job for job in waiting if self._wait_left(job, moment) <= 0]
         asked = [*ended, *running, *due]
@@ -178,6 +181,8 @@ class Observer:
             for job in due:
                 memory = self._recall(job)
                 memory.wait, memory.asked_at = read_wait(job, pods.get(job.uid, []), now), moment
+                if any(is_pending(pod) for pod in pods.get(job.uid, [])):
+                    memory.started = None  # a replacement has not started yet
         return min((self._wait_left(job, moment) for job in waiting), default=None)
 
     async def _pods(self, namespace: str, uid: str, jobs: list[JobFacts]) -> dict[str, list[Pod]]:
@@ -198,6 +203,15 @@ class Observer:
         memory = self._recall(job)
         return memory.started is None or memory.run != job.started
 
+    def _is_running(self, job: JobFacts) -> bool:
+        """Whether its pods run.
+
+        Between the end of a container and the Job's count of it no pod is ready for a second, and it does not wait again.
+        """
+        if job.state != "waiting":
+            return job.state == "running"
+        return job.active and not job.suspended and not self._lacks_start(job)
+
     def _wait_left(self, job: JobFacts, moment: float) -> float:
         """Seconds until the pods of a waiting Job are asked (again): not at once, for most start soon."""
         memory = self._recall(job)
@@ -211,14 +225,15 @@ class Observer:
         started = memory.started if memory.run == job.started else None
         if evidence is not None:
             started = evidence.started or started or job.started
-        waits = memory.wait if job.state == "waiting" and not job.suspended else None
+        state = "running" if self._is_running(job) else job.state
+        waits = memory.wait if state == "waiting" and not job.suspended else None
         return JobView(
             name=job.name,
             role=job.role,
             stage=job.stage,
             fingerprint=job.fingerprint,
             attempt=job.attempt,
-            state=job.state,
+            state=state,
             owned=job.owner_uid == job.pipeline_uid,
             suspended=job.suspended,
             deleting=job.deleting,

@@ -76,12 +76,10 @@ def read_evidence(job: JobFacts, pods: Sequence[Pod]) -> Evidence:
 
 def read_wait(job: JobFacts, pods: Sequence[Pod], now: datetime) -> Wait | None:
     """Why a Job that waits has no running pod; None where it is only starting."""
-    live = [
-        pod
-        for pod in pods
-        if "deletionTimestamp" not in pod["metadata"] and pod.get("status", {}).get("phase") in ("Pending", None)
-    ]
+    live = [pod for pod in pods if is_pending(pod)]
     if not live:
+        if any(pod.get("status", {}).get("phase") in ("Running", "Succeeded") for pod in pods):
+            return None  # it runs, or has just ended and is about to be counted
         since = job.started or job.created
         if not job.suspended and since is not None and now - since > NO_PODS:
             words = f"no pod could be made; a quota or a policy may forbid it: kubectl describe job {job.name}"
@@ -89,6 +87,11 @@ def read_wait(job: JobFacts, pods: Sequence[Pod], now: datetime) -> Wait | None:
         return None
     waits = [wait for pod in sorted(live, key=_index) if (wait := _wait(pod, now)) is not None]
     return waits[0] if waits else None
+
+
+def is_pending(pod: Pod) -> bool:
+    """Whether a pod has yet to start."""
+    return "deletionTimestamp" not in pod["metadata"] and pod.get("status", {}).get("phase") in ("Pending", None)
 
 
 def started_of(pods: Sequence[Pod]) -> datetime | None:

@@ -326,6 +326,30 @@ async def test_why_a_pod_waits_is_asked_at_a_bounded_rate() -> None:
     assert cluster.kube.reads["list pods"] == 1
 
 
+async def test_a_pod_that_ends_does_not_wait_again_but_its_replacement_does() -> None:
+    cluster = cluster_of()
+    moment = [1000.0]
+    cluster.process.observer.clock = lambda: moment[0]
+    await cluster.reconcile()
+    cluster.run_pod("preflight")
+    moment[0] += 60
+    await cluster.reconcile()
+    assert cluster.phases()["preflight"] == "Running"
+    job = cluster.jobs()["preflight"]
+    cluster._set(job, job["status"] | {"ready": 0})  # its container has ended, the Job has not counted it yet
+    before, reads = len(cluster.kube.writes), cluster.kube.reads["list pods"]
+    await cluster.reconcile()
+    assert len(cluster.kube.writes) == before
+    assert cluster.kube.reads["list pods"] == reads
+    assert cluster.phases()["preflight"] == "Running"
+
+    cluster._pod(job, waiting("ImagePullBackOff", "no such image"))  # it was drained, and another pod takes its place
+    moment[0] += 6
+    await cluster.reconcile()
+    assert cluster.phases()["preflight"] == "Queued"
+    assert cluster.status["stages"][0]["reason"] == "ImagePullBackOff"
+
+
 async def test_a_twin_waits_for_the_running_one() -> None:
     cluster = cluster_of()
     await cluster.reconcile()

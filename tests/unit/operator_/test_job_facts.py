@@ -252,6 +252,12 @@ def test_a_job_without_pods_says_so_after_a_while() -> None:
     assert wait.reason == "NoPods"
 
 
+def test_a_pod_that_has_ended_is_no_reason_to_wait() -> None:
+    job = facts({"active": 1, "ready": 0, "startTime": "2026-01-01T12:00:00Z"}, spec=ONE)
+    assert read_wait(job, [pod(phase="Succeeded")], NOW) is None
+    assert read_wait(job, [pod(phase="Running")], NOW) is None
+
+
 def test_accelerators_are_held_from_when_the_pods_started() -> None:
     assert started_of([pod(phase="Running"), pod(phase="Pending")]) == datetime(2026, 1, 1, 12, 1, tzinfo=UTC)
     assert started_of([pod(phase="Pending")]) is None
