@@ -15,7 +15,8 @@ from support.tiny import save_model
 ROOT = Path(__file__).resolve().parents[2]
 DECLARED = ["domain", "sft", "dpo", "final", "exam"]
 
-pytestmark = pytest.mark.slow
+# Seconds on a machine of its own; a busy one needs patience.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def example(tmp_path_factory) -> Path:
 def plumbline(*arguments: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "plumbline_cli.main", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=540, check=False)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=1500, check=False)
 
 
 def trainers_started(folder: Path) -> list[str]:
@@ -72,8 +73,8 @@ def test_the_tiny_chain_runs_whole_then_from_storage_then_what_was_damaged(examp
 def test_ctrl_c_stops_after_a_checkpoint_and_the_next_call_resumes(example):
     manifest = (example / "pipeline.yaml").read_text().replace("name: tiny", "name: stopped")
     # Another seed is other work: nothing of the run above is in storage. Many steps leave time to interrupt.
-    manifest = manifest.replace("seed: 7", "seed: 8").replace("maxSteps: 6", "maxSteps: 400, warmup: 0")
-    manifest = manifest.replace(", warmup: 0", "").replace("epochs: 9", "epochs: 200")
+    manifest = manifest.replace("seed: 7", "seed: 8").replace("maxSteps: 6", "maxSteps: 400")
+    manifest = manifest.replace("epochs: 9", "epochs: 200")
     (example / "stopped.yaml").write_text(manifest)
     command = [sys.executable, "-m", "plumbline_cli.main", "run", "stopped.yaml"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}

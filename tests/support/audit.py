@@ -11,7 +11,7 @@ WRITES = frozenset({"create", "update", "patch", "delete", "deletecollection"})
 
 @dataclass(frozen=True)
 class AuditEvent:
-    """One finished request. `name` is the object's, also where the server generated it; `code` the HTTP status."""
+    """One finished request. `name` is the object's, empty where the server generated it (pods of Jobs); `code` the HTTP status."""
 
     verb: str
     resource: str

@@ -129,11 +129,9 @@ class Run:
         patch = json.dumps({"spec": spec})
         self.kubectl("patch", "alp", self.name, "--type=merge", "-p", patch)
 
-    def kubectl(self, *arguments: str, check: bool = True, timeout: float = 120) -> str:
+    def kubectl(self, *arguments: str, **options: Any) -> str:
         """kubectl in the tenant's namespace."""
-        return self.tenant.cluster.kubectl(
-            arguments[0], "-n", self.tenant.namespace, *arguments[1:], check=check, timeout=timeout
-        )
+        return self.tenant.cluster.kubectl(f"--namespace={self.tenant.namespace}", *arguments, **options)
 
     # Waiting.
 
