@@ -12,7 +12,6 @@ UV := $(BIN)/uv --quiet
 CLUSTER := PYTHONPATH=tests $(BIN)/python -m cluster
 export UV_CACHE_DIR ?= $(CACHE)/uv
 export UV_SYSTEM_CERTS ?= 1
-export UV_LINK_MODE ?= copy
 
 .PHONY: help quickstart test test-unit check gen image cluster-up cluster-quickstart cluster-down e2e bench bench-trainer lock format clean
 
