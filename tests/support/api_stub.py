@@ -69,7 +69,7 @@ def serve(folder: Path, *, namespace: str = "team-a") -> Iterator[tuple[ApiStub,
             self.end_headers()
             self.wfile.write(data)
 
-        do_GET = do_PATCH = _handle  # noqa: N815
+        do_GET = do_PATCH = _handle
 
         def log_message(self, *_arguments: Any) -> None:
             pass
