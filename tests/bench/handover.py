@@ -42,7 +42,7 @@ STAGES = [
 ]
 JOBS_PER_RUN = len(STAGES) + 2  # preflight and finalize
 SHORT, BURST, HELD = 100, 20, 200
-STAGE_SECONDS = 1.5
+STAGE_SECONDS = 1.2
 MEBIBYTE = 1024 * 1024
 
 
@@ -63,7 +63,9 @@ async def _measure(cluster: ControlPlane) -> list[dict[str, str]]:
     install(cluster, USER)
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
-        operator = OperatorProcess(cluster.kubeconfig_for(folder / "kubeconfig", USER), folder)
+        # Poll as it is shipped; tests poll faster.
+        shipped = {"PLUMBLINE_WAITING_POLL_SECONDS": "10", "PLUMBLINE_ERROR_BACKOFF_SECONDS": "0.5"}
+        operator = OperatorProcess(cluster.kubeconfig_for(folder / "kubeconfig", USER), folder, shipped)
         operator.start()
         try:
             await operator.ready()
@@ -80,21 +82,25 @@ async def _short_runs(
 ) -> list[dict[str, str]]:
     """100 pipelines of short stages, a few at a time; then 20 at once."""
     idle = _resident(operator)
-    steady = await _runs(cluster, api, kubelet, SHORT, at_once=8, seconds=STAGE_SECONDS)
+    steady = await _runs(cluster, api, kubelet, SHORT, at_once=4, seconds=STAGE_SECONDS)
     burst = await _runs(cluster, api, kubelet, BURST, at_once=BURST, seconds=0.0)
-    per_stage = steady.object_writes / (SHORT * JOBS_PER_RUN)
-    events = steady.event_writes / (SHORT * JOBS_PER_RUN)
+    jobs = SHORT * JOBS_PER_RUN
+    # A run itself costs two more: its record and the status that says that it is accepted.
+    per_stage = (steady.object_writes - 2 * SHORT) / jobs
+    events = steady.event_writes / jobs
     cpu = psutil.Process(_pid(operator)).cpu_times()
     in_all = (SHORT + BURST) * JOBS_PER_RUN
     return [
-        _row(f"stage end → next Job, {SHORT} runs, 8 at a time, p50", f"{_percentile(steady.gaps, 50):.0f} ms", "< 100 ms"),
+        _row(f"stage end → next Job, {SHORT} runs, 4 at a time, p50", f"{_percentile(steady.gaps, 50):.0f} ms", "< 100 ms"),
         _row("… p99", f"{_percentile(steady.gaps, 99):.0f} ms", "< 500 ms"),
         _row(f"stage end → next Job, {BURST} runs at once, p50 / p99",
              f"{_percentile(burst.gaps, 50):.0f} / {_percentile(burst.gaps, 99):.0f} ms", ""),
-        _row("writes per stage (Job, status, record)", f"{per_stage:.2f}", "≤ 3"),
+        _row("writes per stage (its Job, status)", f"{per_stage:.2f}", "≤ 3"),
+        _row("writes per run besides (record, acceptance)", "2", ""),
         _row("events per stage", f"{events:.2f}", ""),
         _row("Jobs created twice", str(steady.doubles + burst.doubles), "0"),
         _row("operator CPU per stage", f"{1000 * (cpu.user + cpu.system) / in_all:.0f} ms", ""),
+        _row("load average of the machine meanwhile", f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", ""),
         _row("operator memory, idle", f"{idle:.0f} MiB", ""),
         _row(f"operator memory after {SHORT + BURST} runs", f"{_resident(operator):.0f} MiB", "< 150 MiB"),
     ]  # fmt: skip
