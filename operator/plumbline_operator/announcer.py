@@ -51,16 +51,6 @@ class Announcer:
             await self.kube.create(EVENTS, event, event["metadata"]["namespace"])
         except ApiError as error:
             logger.warning("event %s is lost: %s", event["reason"], error)
-        finally:
-            self._waiting.task_done()
-
-    async def flush(self, seconds: float) -> None:
-        """Wait until what was announced is written, for so long at most."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._waiting.join()
-        except TimeoutError:
-            logger.warning("%d events are lost", self._waiting.qsize())
 
     def _render(self, pipeline: dict[str, Any], event: PlannedEvent, now: datetime, number: int) -> Manifest:
         stamp = int(now.timestamp() * 1e6) + number

@@ -206,7 +206,7 @@ class Observer:
     def _is_running(self, job: JobFacts) -> bool:
         """Whether its pods run.
 
-        Between the end of a container and the Job's count of it no pod is ready for a second, and it does not wait again.
+        Between the end of a container and its count by the Job no pod is ready for a second; it does not wait again.
         """
         if job.state != "waiting":
             return job.state == "running"
