@@ -207,6 +207,9 @@ def _start(
             "MASTER_PORT": port,
             SCRATCH_ENV: folder,
             "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS") or max(1, available_cpus() // count),
+            # Threads that wait for each other sleep: where a processor is shared or capped, spinning takes the time
+            # that the slower thread needs (on two busy cores three times the processor time, and twice the wall time).
+            "OMP_WAIT_POLICY": environment.get("OMP_WAIT_POLICY") or "PASSIVE",
             "TOKENIZERS_PARALLELISM": environment.get("TOKENIZERS_PARALLELISM", "true"),
             "CUBLAS_WORKSPACE_CONFIG": environment.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
             "PYTHONUNBUFFERED": 1,
