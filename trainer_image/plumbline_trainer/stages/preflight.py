@@ -116,8 +116,8 @@ def probe_storage(context: StageContext) -> bool:
     """
     folder = uris.join(context.namespace_root, f"probes/{secrets.token_hex(8)}")
     probe = uris.join(folder, "probe")
+    context.store.put_bytes(probe, b"first", if_absent=True)
     try:
-        context.store.put_bytes(probe, b"first", if_absent=True)
         return not context.store.put_bytes(probe, b"second", if_absent=True)
     finally:
         context.store.delete_prefix(folder)
