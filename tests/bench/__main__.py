@@ -16,7 +16,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 PARTS = {
-    "handover": ("Operator", "tests/bench/handover.py", "real API server, Jobs ended by a fake kubelet, operator as a process"),
+    "handover": (
+        "Operator",
+        "tests/bench/handover.py",
+        "real API server, Jobs ended by a fake kubelet, operator as a process",
+    ),
     "transfer": ("Checkpoints against a raw copy", "tests/bench/transfer.py", "a real S3 server on this machine"),
     "quickstart": ("Quickstart", "tests/bench/quickstart.py", "`make quickstart` from empty storage, then again"),
 }
@@ -45,7 +49,11 @@ def _section(name: str, rows: list[dict[str, str]]) -> str:
     lines += [f"| {' | '.join(row.get(key, '') for key in header)} |" for row in rows]
     libraries = ", ".join(f"{n} {version(n)}" for n in ("torch", "transformers", "kopf", "boto3"))
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    lines += ["", f"{today}; {os.cpu_count()} cores ({platform.machine()}); Python {platform.python_version()}, {libraries}.", ""]
+    lines += [
+        "",
+        f"{today}; {os.cpu_count()} cores ({platform.machine()}); Python {platform.python_version()}, {libraries}.",
+        "",
+    ]
     return "\n".join(lines)
 
 

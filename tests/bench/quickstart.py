@@ -21,7 +21,15 @@ def measure() -> list[dict[str, str]]:
 
 
 def _run(label: str, storage: str) -> dict[str, str]:
-    command = [sys.executable, "-m", "plumbline_cli.main", "run", "examples/01-quickstart/pipeline.yaml", "--storage", storage]
+    command = [
+        sys.executable,
+        "-m",
+        "plumbline_cli.main",
+        "run",
+        "examples/01-quickstart/pipeline.yaml",
+        "--storage",
+        storage,
+    ]
     start = time.perf_counter()
     process = psutil.Popen(command, cwd=ROOT, env={**os.environ, "NO_COLOR": "1"})
     peak = _PeakMemory(process)
@@ -30,7 +38,11 @@ def _run(label: str, storage: str) -> dict[str, str]:
     seconds = time.perf_counter() - start
     if code != 0:
         raise RuntimeError(f"the quickstart ended with exit code {code}")
-    return {"quickstart": label, "wall (s)": f"{seconds:.0f}", "peak memory of all processes (GiB)": f"{peak.gibibytes:.1f}"}
+    return {
+        "quickstart": label,
+        "wall (s)": f"{seconds:.0f}",
+        "peak memory of all processes (GiB)": f"{peak.gibibytes:.1f}",
+    }
 
 
 class _PeakMemory(threading.Thread):
