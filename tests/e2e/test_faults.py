@@ -14,7 +14,7 @@ from support.tenant import Run, Tenant, stage_status
 from support.tinypipeline import CHECKPOINT_EVERY, LONG_STAGE, LONG_STEPS, STAGE_NAMES
 from support.trainerprocesses import kill_first_process, kill_worker
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.unproven, pytest.mark.timeout(3600)]
 
 ALL = ("preflight", *STAGE_NAMES, "finalize")
 SEED = 20261121

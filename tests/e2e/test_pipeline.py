@@ -104,6 +104,7 @@ def test_weights_are_the_bits_of_a_local_run(finished: Finished, reference: Refe
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(merged)
 
 
+@pytest.mark.unproven
 def test_stages_are_seen_to_advance(finished: Finished) -> None:
     film = finished.film
     for name in ALL:
@@ -131,6 +132,7 @@ def _grouped(items: Iterator[str | None]) -> list[tuple[str | None, int]]:
     return groups
 
 
+@pytest.mark.unproven
 def test_every_job_was_created_once_and_ran_one_trainer(finished: Finished) -> None:
     created = finished.run.jobs_created()
     assert [name for _, name in created] == list(ALL)
@@ -142,6 +144,7 @@ def test_every_job_was_created_once_and_ran_one_trainer(finished: Finished) -> N
         assert not result["reused"]
 
 
+@pytest.mark.unproven
 def test_columns_and_events_for_people(finished: Finished) -> None:
     header, row = finished.run.kubectl("get", "alp").splitlines()
     assert header.split() == ["NAME", "PHASE", "STAGE", "PROGRESS", "GPU-HOURS", "AGE"]
