@@ -112,3 +112,19 @@ def test_no_tokens() -> None:
     found = token_log_probabilities(hidden, torch.zeros(0, dtype=torch.long), head)
     found.sum().backward()
     assert found.shape == (0,)
+
+
+def test_peaked_distributions_over_a_large_vocabulary_have_no_bias() -> None:
+    """A running sum over the vocabulary drifts the same way for every token; preference losses would add that up."""
+    rng = torch.Generator().manual_seed(1)
+    logits = torch.randn(64, 50_000, generator=rng) * 2.0 - 8.0
+    logits[:, 0] = 12.0
+    # One-hot hidden states make the weight's columns the logits.
+    head = Head(logits.t().contiguous())
+    hidden = torch.eye(64).requires_grad_()
+    targets = torch.zeros(64, dtype=torch.long)
+    exact = torch.log_softmax(logits.double(), -1)[:, 0]
+    trained = token_log_probabilities(hidden, targets, head)
+    scored = token_log_probabilities(hidden.detach(), targets, head)
+    assert torch.equal(trained, scored), "a reference is scored without a gradient, the policy with one"
+    assert abs((trained.double() - exact).mean().item()) < 2e-6

@@ -81,22 +81,24 @@ def _logits(hidden: Tensor, head: Head, weight: Tensor, bias: Tensor | None) -> 
     return logits
 
 
-def _probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the targets [C] and softmax [C, V].
+def _normalise(logits: Tensor, targets: Tensor, *, keep_logits: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of the targets [C], exp(z − max z) [C, V] and its row sums [C, 1].
 
-    log Σ exp(z) = max z − log max softmax(z): the largest probability is at least 1/V, so its logarithm is exact to
-    rounding, and one fused softmax does the work of several passes.
+    The sums are taken by `sum`, which adds pairwise: the running sum inside a fused softmax drifts by several 1e-6 over
+    a large vocabulary, the same way for every token, and preference losses add that up. The logits are
+    overwritten unless they are to be kept.
     """
-    chosen = logits.gather(1, targets[:, None]).squeeze(1)
-    highest = logits.amax(dim=1)
-    probabilities = torch.softmax(logits, dim=1)
-    return chosen - highest + probabilities.amax(dim=1).log(), probabilities
+    chosen = logits.gather(1, targets[:, None])
+    highest = logits.amax(dim=1, keepdim=True)
+    powers = (logits - highest if keep_logits else logits.sub_(highest)).exp_()
+    sums = powers.sum(dim=1, keepdim=True)
+    return (chosen - highest - sums.log()).squeeze(1), powers, sums
 
 
-def _logit_gradient(probabilities: Tensor, targets: Tensor, factor: Tensor | None) -> Tensor:
-    """∂ log p(target) / ∂ logits = onehot − p, times a factor per token; overwrites the probabilities."""
-    gradient = probabilities.neg_()
-    gradient.scatter_add_(1, targets[:, None], torch.ones_like(targets, dtype=gradient.dtype)[:, None])
+def _logit_gradient(powers: Tensor, sums: Tensor, targets: Tensor, factor: Tensor | None) -> Tensor:
+    """∂ log p(target) / ∂ logits = onehot − p, times a factor per token; overwrites the powers."""
+    gradient = powers.div_(-sums)
+    gradient.scatter_add_(1, targets[:, None], torch.ones_like(sums))
     if factor is not None:
         gradient *= factor[:, None]
     return gradient
@@ -126,12 +128,17 @@ class _FrozenHead(torch.autograd.Function):
             part = slice(start, start + head.chunk)
             chosen = targets[part]
             logits = _logits(hidden[part], head, head.weight, head.bias)
+            capped = head.softcap is not None and slopes is not None
+            result[part], powers, sums = _normalise(logits, chosen, keep_logits=capped)
             if slopes is None:
-                result[part] = logits.gather(1, chosen[:, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
                 continue
-            result[part], probabilities = _probabilities(logits, chosen)
-            gradient = _through_cap(_logit_gradient(probabilities, chosen, None), logits, head)
-            slopes[part] = (gradient.to(head.weight.dtype) @ head.weight).to(slopes.dtype)
+            if capped:
+                gradient = _through_cap(_logit_gradient(powers, sums, chosen, None), logits, head)
+                slopes[part] = (gradient.to(head.weight.dtype) @ head.weight).to(slopes.dtype)
+            else:
+                # (onehot − powers/sums)·W without a further pass over [C, V]
+                expected = (powers.to(head.weight.dtype) @ head.weight).float() / sums
+                slopes[part] = ((head.weight[chosen].float() - expected) * head.scale).to(slopes.dtype)
         if slopes is not None:
             ctx.save_for_backward(slopes)
         return result
@@ -153,7 +160,7 @@ class _TrainedHead(torch.autograd.Function):
         for start in range(0, len(targets), head.chunk):
             part = slice(start, start + head.chunk)
             logits = _logits(hidden[part], head, weight, bias)
-            result[part] = logits.gather(1, targets[part, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
+            result[part] = _normalise(logits, targets[part], keep_logits=False)[0]
         return result
 
     @staticmethod
@@ -166,8 +173,9 @@ class _TrainedHead(torch.autograd.Function):
         for start in range(0, len(targets), head.chunk):
             part = slice(start, start + head.chunk)
             logits = _logits(hidden[part], head, weight, bias)
-            probabilities = torch.softmax(logits, dim=1)
-            gradient = _through_cap(_logit_gradient(probabilities, targets[part], upstream[0][part]), logits, head)
+            _, powers, sums = _normalise(logits, targets[part], keep_logits=head.softcap is not None)
+            gradient = _logit_gradient(powers, sums, targets[part], upstream[0][part])
+            gradient = _through_cap(gradient, logits, head)
             gradient = gradient.to(weight.dtype)
             to_hidden[part] = (gradient @ weight).to(hidden.dtype)
             if to_weight is not None:
