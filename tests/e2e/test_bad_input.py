@@ -72,7 +72,7 @@ def with_wrong_key(tenant: Tenant) -> Manifest:
 
 def with_empty_split(tenant: Tenant) -> Manifest:
     manifest = tenant.manifest("empty", stages=("sft", "exam"))
-    manifest["spec"]["datasets"][0].pop("split")
+    manifest["spec"]["datasets"][0]["split"] = {"test": 0.0001}
     stage_of(manifest, "exam")["evaluate"]["suites"] = [{"perplexity": {"dataset": "questions"}}]
     manifest["spec"]["datasets"] = manifest["spec"]["datasets"][:1]
     return manifest
@@ -187,6 +187,9 @@ def test_what_only_the_checker_can_see_is_refused_with_path_and_remedy(tenant: T
     cycle = tenant.manifest("cycle", stages=("sft", "dpo"))
     cycle["spec"]["stages"][0]["after"] = ["dpo"]
     run_of(tenant, cycle, "spec.stages")
+    splitless = tenant.manifest("splitless", stages=("exam",))
+    splitless["spec"]["datasets"][0].pop("split")
+    assert "such as 0.1" in run_of(tenant, splitless, "spec.stages[0].evaluate.suites[0].perplexity.dataset")
     unfit = tenant.manifest("unfit", stages=("dpo",))
     unfit["spec"]["datasets"][0]["format"] = "text"
     assert "preference" in run_of(tenant, unfit, "spec.stages[0].dpo.dataset")

@@ -212,7 +212,9 @@ class Run:
         return [json.loads(self.tenant.read(uri)) for uri in sorted(files)]
 
     def checkpoints(self, stage: str) -> list[int]:
-        """Steps of the committed checkpoints that are there."""
+        """Steps of the committed checkpoints that are there; none before preflight has told what the stage's work is."""
+        if "fingerprint" not in stage_status(self.status, stage):
+            return []
         files = self.tenant.objects(f"{self.stage_root(stage)}/runs/{self.uid}/checkpoints/")
         return sorted(int(uri.split("/")[-2].split("-")[0]) for uri in files if uri.endswith("/manifest.json"))
 
