@@ -18,7 +18,7 @@ from plumbline_operator.configuration import OperatorSettings
 from plumbline_operator.rbac import RULES
 from support.podsecurity import find_violations
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts" / "plumbline"
 RBAC_GOLDEN = Path(__file__).with_name("rbac.golden.yaml")
 KUBERNETES = "1.34.0"
