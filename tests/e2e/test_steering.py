@@ -8,7 +8,7 @@ from support.reference import Reference, weights_of
 from support.tenant import Run, Tenant, condition, stage_status
 from support.tinypipeline import LONG_STAGE, LONG_STEPS, stage_of
 
-pytestmark = [pytest.mark.e2e, pytest.mark.unproven, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 
 
 def train(run: Run) -> None:
