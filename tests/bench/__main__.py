@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.page import replace, section  # noqa: E402  (the folder above is on the path only now)
+from bench.page import replace, section
 
 PARTS = {
     "handover": (

@@ -41,9 +41,8 @@ def main(arguments: Sequence[str]) -> int:
     rows: list[dict[str, str]] = []
     with tempfile.TemporaryDirectory() as place:
         model = options.model or _bundled(Path(place) / "model")
-        for method in options.methods:
-            for profile in options.profiles:
-                rows.append(_compare(method, profile, str(model), options))
+        cases = [(method, profile) for method in options.methods for profile in options.profiles]
+        rows += [_compare(method, profile, str(model), options) for method, profile in cases]
     how = (
         f"`make bench-trainer` (tests/bench/trainer.py): our engine and trl 1.16.0 in processes of their own, {options.runs} "
         f"runs each in turn. {options.rows} rows, {options.batch} per optimizer step, LoRA of rank 16 on all linear "

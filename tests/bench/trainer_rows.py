@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,10 +54,7 @@ def make_rows(method: str, profile: str, count: int, vocabulary: int) -> list[En
     rows = []
     for number, (prompt, chosen, rejected) in enumerate(lengths[:count]):
         first, good, bad = ids(prompt), answer(chosen, "chosen"), answer(rejected, "rejected")
-        if method == "sft":
-            responses = [EncodedResponse(good.ids, good.mask, "completion")]
-        else:
-            responses = [good, bad]
+        responses = [replace(good, role="completion")] if method == "sft" else [good, bad]
         rows.append(Encoded(f"{profile}/{number}", f"{number}", first, responses))
     return rows
 
