@@ -26,7 +26,7 @@ for name in ("tests", "trainer_image", "operator"):
     sys.path.insert(0, str(ROOT / name))
 
 from bench import page  # noqa: E402  (the folders above are on the path only now)
-from bench.trainer_rows import PASSES, PROFILES  # noqa: E402
+from bench.trainer_rows import METHODS, PROFILES  # noqa: E402
 from bench.trainer_side import Measured, Task  # noqa: E402
 from plumbline_api.training import Training  # noqa: E402
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
         how,
         rows,
         ("torch", "transformers", "trl", "peft", "accelerate"),
-        "Speeds are medians, ratios medians over paired runs. *Best* is trl without checkpointing, with a precomputed "
+        "`kto` is on unpaired rows, `kto-pairs` on preference rows (rows/s are pairs/s). Speeds are medians, ratios medians over paired runs. *Best* is trl without checkpointing, with a precomputed "
         "reference and the device batch in brackets; *default* as trl comes, at the same precision and optimizer step. "
         "The FLOP bound is the ratio of floating-point operations that the two ways ask for (padding, repeated prompts, "
         "head at every position): what the speed-up against best would be at equal use of the machine. Memory is the "
@@ -70,14 +70,14 @@ def main(arguments: Sequence[str]) -> int:
 
 def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.trainer", description=__doc__)
-    parser.add_argument("--methods", nargs="+", default=list(PASSES), choices=list(PASSES))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--profiles", nargs="+", default=list(PROFILES), choices=list(PROFILES))
     parser.add_argument("--rows", type=int, default=64, help="rows of each run")
     parser.add_argument("--runs", type=int, default=3, help="runs of each side")
     parser.add_argument("--batch", type=int, default=16, help="rows of an optimizer step")
     parser.add_argument("--left-out", type=int, default=1, help="first steps that are not counted")
     parser.add_argument("--tokens-per-batch", type=int, default=Training().tokens_per_batch)
-    parser.add_argument("--sweep", type=int, nargs="+", default=[2, 4, 8, 16], help="device batches tried with trl")
+    parser.add_argument("--sweep", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="device batches tried with trl")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
@@ -122,7 +122,7 @@ def _compare(method: str, profile: str, model: str, options: argparse.Namespace)
 def _best_batch(task: Task, options: argparse.Namespace) -> int:
     """The device batch with which trl takes a step fastest: one short run each, larger ones until they stop helping."""
     speeds: dict[int, float] = {}
-    for batch in sorted(size for size in options.sweep if size <= task.global_batch and task.global_batch % size == 0):
+    for batch in sorted(size for size in options.sweep if task.answers_per_step % size == 0):
         trial = replace(task, side="trl", batch=batch, rows=min(task.rows, 2 * task.global_batch))
         speeds[batch] = _run(trial).rows_per_second
     return max(speeds, key=lambda size: speeds[size])

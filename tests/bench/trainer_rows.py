@@ -11,15 +11,14 @@ from typing import Any, Literal
 
 from plumbline_trainer.data.encode import Encoded, EncodedResponse
 from plumbline_trainer.engine.packing import packed_length
+from plumbline_trainer.engine.references import by_prompt
+from plumbline_trainer.engine.unpaired import mismatched_rows
 
 PROFILES: dict[str, list[list[int]]] = json.loads((Path(__file__).parent / "profiles.json").read_text())
 """Name → tokens of prompt, chosen and rejected answer of each row. Drawn once from log-normal distributions, then
 committed; changing them needs an ADR."""
-PASSES = {
-    # What is computed per step: (with gradient, without), beside the reference pass.
-    "sft": (1, 0),
-    "dpo": (1, 0),
-}
+METHODS = ("sft", "dpo", "kto", "kto-pairs")
+"""`kto` on unpaired rows, `kto-pairs` on preference rows: both are the stage `kto`."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,13 @@ def make_rows(method: str, profile: str, count: int, vocabulary: int) -> list[En
     rows = []
     for number, (prompt, chosen, rejected) in enumerate(lengths[:count]):
         first, good, bad = ids(prompt), answer(chosen, "chosen"), answer(rejected, "rejected")
-        responses = [replace(good, role="completion")] if method == "sft" else [good, bad]
+        liked, disliked = replace(good, role="desirable"), replace(bad, role="undesirable")
+        responses = {
+            "sft": [replace(good, role="completion")],
+            "dpo": [good, bad],
+            "kto": [[liked, disliked][number % 2]],
+            "kto-pairs": [liked, disliked],
+        }[method]
         rows.append(Encoded(f"{profile}/{number}", f"{number}", first, responses))
     return rows
 
@@ -68,43 +73,55 @@ def shape_of(model: Any, adapter: int) -> Shape:
     return Shape(config.num_hidden_layers, linear, head.weight.numel(), config.num_attention_heads * size, adapter)
 
 
-def _forward(shape: Shape, tokens: int, pairs: float) -> float:
-    return 2.0 * (shape.linear + shape.adapter) * tokens + 4.0 * shape.width * shape.layers * pairs
+def our_operations(shape: Shape, steps: Sequence[Sequence[Encoded]], method: str, max_length: int) -> float:
+    """Floating-point operations without padding, each prompt once, the head at scored tokens only."""
+    rows = [row for step in steps for row in step]
+    if method == "sft":
+        return _packed(shape, rows, trained=True)
+    further = [row for step in steps for row in mismatched_rows(step, max_length)] if method.startswith("kto") else []
+    reference = by_prompt([*rows, *further], [], 2**30)
+    return _packed(shape, rows, trained=True) + sum(
+        _packed(shape, part, trained=False) for part in (reference, further)
+    )
 
 
-def our_operations(shape: Shape, rows: Sequence[Encoded], method: str) -> float:
-    """Floating-point operations on rows without padding, each prompt once, the head at scored tokens only.
+def their_operations(shape: Shape, rows: Sequence[Encoded], method: str, batch: int) -> float:
+    """The same for every answer with a prompt of its own, padded to the longest of its device batch."""
+    # trl's DPO counts pairs in a device batch, its KTO answers.
+    size = 2 * batch if method == "dpo" else batch
+    answers = [(len(row.prompt), len(response.ids)) for row in rows for response in row.responses]
+    total = 0.0
+    for start in range(0, len(answers), size):
+        part = answers[start : start + size]
+        own = [prompt + answer for prompt, answer in part]
+        total += _padded(shape, own, trained=True)
+        if method != "sft":
+            total += _padded(shape, own, trained=False)
+        if method.startswith("kto"):
+            others = [prompt + part[index - 1][1] for index, (prompt, _) in enumerate(part)]
+            total += 2 * _padded(shape, others, trained=False)
+    return total
 
-    A backward pass through frozen weights costs as much as the forward pass, plus the adapter's own gradients. The head
-    takes two products where something is trained, one where nothing is.
-    """
+
+def _packed(shape: Shape, rows: Sequence[Encoded], *, trained: bool) -> float:
     tokens = sum(packed_length(row) for row in rows)
     scored = sum(sum(response.mask) for row in rows for response in row.responses)
     pairs = sum(
         len(row.prompt) ** 2 / 2 + sum(len(r.ids) * (len(row.prompt) + len(r.ids) / 2) for r in row.responses)
         for row in rows
     )
-    forward, (trained, read) = _forward(shape, tokens, pairs), PASSES[method]
-    reference = 0 if method == "sft" else 1
-    adapters = 2.0 * shape.adapter * tokens
-    head = 2.0 * shape.head * scored
-    return trained * (2 * forward + adapters + 2 * head) + (read + reference) * (forward + head)
+    # Our head keeps its derivative in the forward pass: two products in all.
+    return _pass(shape, tokens, pairs, 2.0 * shape.head * scored, products=2, trained=trained)
 
 
-def their_operations(shape: Shape, rows: Sequence[Encoded], method: str, batch: int) -> float:
-    """The same for every answer with a prompt of its own, padded to the longest of its device batch.
+def _padded(shape: Shape, lengths: Sequence[int], *, trained: bool) -> float:
+    longest = max(lengths)
+    tokens = longest * len(lengths)
+    # trl 1.16 on a CPU takes the head at every position, and computes its logits again in the backward pass.
+    return _pass(shape, tokens, longest**2 / 2 * len(lengths), 2.0 * shape.head * tokens, products=3, trained=trained)
 
-    trl 1.16 on a CPU takes the head at every position, and computes its logits again in the backward pass.
-    """
-    total = 0.0
-    trained, read = PASSES[method]
-    reference = 0 if method == "sft" else 1
-    for start in range(0, len(rows), batch):
-        sequences = [len(row.prompt) + len(r.ids) for row in rows[start : start + batch] for r in row.responses]
-        longest = max(sequences)
-        tokens = longest * len(sequences)
-        forward = _forward(shape, tokens, longest**2 / 2 * len(sequences))
-        head = 2.0 * shape.head * tokens
-        adapters = 2.0 * shape.adapter * tokens
-        total += trained * (2 * forward + adapters + 3 * head) + (read + reference) * (forward + head)
-    return total
+
+def _pass(shape: Shape, tokens: int, pairs: float, head: float, *, products: int, trained: bool) -> float:
+    """A backward pass through frozen weights costs as much as the forward pass, plus the adapter's own gradients."""
+    forward = 2.0 * (shape.linear + shape.adapter) * tokens + 4.0 * shape.width * shape.layers * pairs
+    return 2 * forward + 2.0 * shape.adapter * tokens + products * head if trained else forward + head

@@ -13,20 +13,21 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench.trainer_rows import make_rows, our_operations, shape_of, their_operations
-from plumbline_api.training import Dpo, Lora, Sft, Training
+from plumbline_api.training import Kto, Lora, Training
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.objective import row_tokens
 from plumbline_trainer.engine.schedule import plan_steps
 from plumbline_trainer.models.adapters import linear_modules
 
+CPU = torch.device("cpu")
 LORA = Lora(rank=16, alpha=32)
 SEED = 1
-STAGES = {"sft": Sft, "dpo": Dpo}
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,16 @@ class Task:
     threads: int
     left_out: int
     """First steps that are not counted."""
+
+    @property
+    def stage(self) -> str:
+        """Stage type."""
+        return self.method.partition("-")[0]
+
+    @property
+    def answers_per_step(self) -> int:
+        """What trl counts in an optimizer step: pairs for DPO, answers for KTO."""
+        return self.global_batch * (2 if self.method == "kto-pairs" else 1)
 
 
 @dataclass
@@ -109,6 +120,8 @@ def in_order(task: Task, vocabulary: int) -> tuple[list[Encoded], Any]:
     """The rows as our steps take them, and the plan."""
     rows = make_rows(task.method, task.profile, task.rows, vocabulary)
     plan = plan_steps([row.row_id for row in rows], seed=SEED, global_batch=task.global_batch, epochs=1, max_steps=None)
+    if task.rows % task.global_batch:
+        raise SystemExit(f"{task.rows} rows are no whole number of steps of {task.global_batch}")
     return [rows[index] for step in range(plan.steps) for index in plan.rows(step)], plan
 
 
@@ -119,13 +132,15 @@ def measure_ours(task: Task) -> Measured:
     from plumbline_trainer.engine.objective import PairPreference, TokenLikelihood
     from plumbline_trainer.engine.reference_pass import find_references
     from plumbline_trainer.engine.scorer import Scorer, prepare_modes
+    from plumbline_trainer.engine.scoring import score_rows
     from plumbline_trainer.engine.trained import make_trainable
+    from plumbline_trainer.engine.unpaired import DesirableAnswers, mismatched_rows
     from plumbline_trainer.models.policy import load_policy
     from support.trainer import base_model, stage_context, stage_run
 
     with tempfile.TemporaryDirectory() as place:
         folder, training = Path(place), training_of(task)
-        context = stage_context(folder, stage_run(folder, task.method, inputs=[base_model(Path(task.model).as_uri())]))
+        context = stage_context(folder, stage_run(folder, task.stage, inputs=[base_model(Path(task.model).as_uri())]))
         losses: list[float] = []
         context.progress.update = lambda *_, metrics=None, **__: (  # type: ignore[method-assign]
             losses.append(metrics["loss"]) if metrics and "loss" in metrics else None
@@ -138,8 +153,16 @@ def measure_ours(task: Task) -> Measured:
         run = TrainingRun(context, Ranks(), scorer, plan, [by_id[name] for name in plan.row_ids], training)
         started = time.perf_counter()
         objective: Any = TokenLikelihood()
+        steps = [ordered[at : at + task.global_batch] for at in range(0, len(ordered), task.global_batch)]
         if task.method == "dpo":
             objective = PairPreference(find_references(run, policy, []), beta=0.1)
+        elif task.stage == "kto":
+            further = [row for step in steps for row in mismatched_rows(step, training.max_length)]
+            score = partial(
+                score_rows, scorer, tokens_per_batch=task.tokens_per_batch, device=CPU, precision=task.precision
+            )
+            settings = Kto.model_validate({"dataset": "rows", "training": training.to_wire()})
+            objective = DesirableAnswers(find_references(run, policy, [], further), score, settings)
         clock.reference = time.perf_counter() - started if task.method != "sft" else 0.0
         prepare_modes(scorer, adapter_dropout=False, gradient_checkpointing=False)
         real = run._take_step
@@ -154,7 +177,7 @@ def measure_ours(task: Task) -> Measured:
         if run.state.path != "fast":
             raise RuntimeError("the fast path was not taken; nothing to publish")
         adapter = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
-        operations = our_operations(shape_of(policy.model, adapter), ordered, task.method)
+        operations = our_operations(shape_of(policy.model, adapter), steps, task.method, training.max_length)
         return clock.result(task, ordered, operations, losses)
 
 
@@ -188,7 +211,7 @@ def measure_trl(task: Task) -> Measured:
         "use_cpu": True,
         "bf16": task.precision == "bfloat16",
         "per_device_train_batch_size": task.batch,
-        "gradient_accumulation_steps": task.global_batch // task.batch,
+        "gradient_accumulation_steps": task.answers_per_step // task.batch,
         "learning_rate": 1e-4,
         "num_train_epochs": 1,
         "save_strategy": "no",
@@ -203,8 +226,12 @@ def measure_trl(task: Task) -> Measured:
         r=LORA.rank, lora_alpha=32, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
     )
     with tempfile.TemporaryDirectory() as place:
-        kinds = {"sft": (trl.SFTTrainer, trl.SFTConfig), "dpo": (trl.DPOTrainer, trl.DPOConfig)}
-        parent, config = kinds[task.method]
+        kinds = {
+            "sft": (trl.SFTTrainer, trl.SFTConfig),
+            "dpo": (trl.DPOTrainer, trl.DPOConfig),
+            "kto": (trl.KTOTrainer, trl.KTOConfig),
+        }
+        parent, config = kinds[task.stage]
         if task.method == "sft":
             arguments["dataset_kwargs"] = {"skip_prepare_dataset": True}
         elif best:
@@ -223,7 +250,7 @@ def measure_trl(task: Task) -> Measured:
             def _get_train_sampler(self, dataset: Any = None) -> Any:
                 return SequentialSampler(dataset or self.train_dataset)
 
-        data = datasets.Dataset.from_list([_peer_row(task.method, row) for row in ordered])
+        data = datasets.Dataset.from_list(_peer_rows(task, ordered))
         # An empty cache: trl keeps reference values beside the dataset's file.
         data.save_to_disk(place)
         trainer = Ready(
@@ -241,16 +268,36 @@ def measure_trl(task: Task) -> Measured:
         return clock.result(task, ordered, operations, losses)
 
 
-def _peer_row(method: str, row: Encoded) -> dict[str, Any]:
-    if method == "sft":
-        (response,) = row.responses
-        return {
-            "input_ids": [*row.prompt, *response.ids],
-            "labels": [-100] * len(row.prompt) + list(response.ids),
-        }
-    chosen, rejected = row.responses
-    ids = {"prompt_ids": row.prompt, "chosen_ids": chosen.ids, "rejected_ids": rejected.ids}
-    return {**ids, "prompt": "", "chosen": "", "rejected": ""}
+def _peer_rows(task: Task, rows: list[Encoded]) -> list[dict[str, Any]]:
+    if task.method == "sft":
+        answers = [(row, row.responses[0]) for row in rows]
+        return [
+            {"input_ids": [*row.prompt, *own.ids], "labels": [-100] * len(row.prompt) + list(own.ids)}
+            for row, own in answers
+        ]
+    if task.method == "dpo":
+        return [
+            {
+                "prompt_ids": row.prompt,
+                "chosen_ids": row.responses[0].ids,
+                "rejected_ids": row.responses[1].ids,
+                "prompt": "",
+                "chosen": "",
+                "rejected": "",
+            }
+            for row in rows
+        ]
+    found = [
+        {"prompt_ids": row.prompt, "completion_ids": item.ids, "label": item.role == "desirable"}
+        for row in rows
+        for item in row.responses
+    ]
+    for start in range(0, len(found), task.batch):  # trl's own rotation within each device batch
+        part = found[start : start + task.batch]
+        ids = [row["completion_ids"] for row in part]
+        for index, row in enumerate(part):
+            row["KL_completion_ids"] = ids[index - 1]
+    return found
 
 
 def main(text: str) -> None:
