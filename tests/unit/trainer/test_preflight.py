@@ -225,7 +225,7 @@ def test_prompts_trained_on_and_tested_on_are_found(tmp_path: Path, model: Path)
         {"name": "sft", "sft": {"dataset": "q"}},
         {"name": "exam", "evaluate": {"suites": [{"preferenceAccuracy": {"dataset": "p"}}]}},
     ]
-    made = pipeline(tmp_path, model, stages, split={"test": 0.0})
+    made = pipeline(tmp_path, model, stages, split={"evaluation": evaluation})
     made.body["spec"]["datasets"][1] = {"name": "p", "source": f"file://{tmp_path}/p.jsonl", "role": "test"}
     made = LocalPipeline(made.body, tmp_path)
     result, code = preflight(made)
@@ -294,7 +294,9 @@ def thumbs(good: int, bad: int) -> list[dict[str, Any]]:
     return [{"prompt": f"Say {i}", "completion": f"It is {i}.", "label": i < good} for i in range(good + bad)]
 
 
-def kto_pipeline(folder: Path, model: Path, rows: list[dict[str, Any]], **fields: Any) -> LocalPipeline:
+def kto_pipeline(
+    folder: Path, model: Path, rows: list[dict[str, Any]], *, evaluation: float = 0.0, **fields: Any
+) -> LocalPipeline:
     write_jsonl(folder / "q.jsonl", rows)
     write_jsonl(folder / "p.jsonl", pairs())
     stage = {"dataset": "q", "lora": {"rank": 4}, "training": {"maxLength": 64, "globalBatch": 8}} | fields
@@ -324,6 +326,16 @@ def test_weights_out_of_balance_are_noted(
         assert said in found[0]
     assert any(
         f"q: unpaired, {good + bad} rows" in note and f"{good} desirable" in note for note in result.preflight.notes
+    )
+
+
+def test_a_single_held_out_row_is_refused(tmp_path: Path, model: Path) -> None:
+    """Of these ten rows a tenth is one row."""
+    result, code = preflight(kto_pipeline(tmp_path, model, thumbs(5, 5), evaluation=0.1))
+    assert code == 2
+    assert result.message == (
+        'spec.stages[0].kto.dataset: "q" has one row in its evaluation split; kto compares rows with each other. '
+        "Add rows, or change datasets[].split"
     )
 
 

@@ -56,7 +56,12 @@ def estimate(
     if rows is not None and rows.rows:
         names = [str(number) for number in range(rows.rows)]
         steps = plan_steps(
-            names, seed=0, global_batch=training.global_batch, epochs=training.epochs, max_steps=training.max_steps
+            names,
+            seed=0,
+            global_batch=training.global_batch,
+            epochs=training.epochs,
+            max_steps=training.max_steps,
+            least=2 if stage.type == "kto" else 1,
         ).steps
         share = min(steps * training.global_batch / rows.rows, max(training.epochs, 1 / rows.rows))
         tokens = round(rows.tokens(training.max_length) * share * (2 if stage.type in TWO_ANSWERS else 1))

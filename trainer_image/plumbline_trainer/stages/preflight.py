@@ -172,8 +172,12 @@ def check_stages(record: RunRecord, datasets: dict[str, DatasetFindings]) -> Non
             if stage.type == "kto":
                 if (fault := found.splits[split].labels.one_sided) is not None:
                     raise InputError(f'{field_path}: "{found.name}" {fault}')
-                if found.splits[split].rows == 1:
-                    raise InputError(f'{field_path}: "{found.name}" has one row to train on; kto needs two or more')
+                for part in ("train", "evaluation"):
+                    if found.splits[part].rows == 1:
+                        raise InputError(
+                            f'{field_path}: "{found.name}" has one row in its {part} split; kto compares rows with each '
+                            "other. Add rows, or change datasets[].split"
+                        )
 
 
 def _need(stage: StageRecord, index: int, role: str) -> tuple[str, frozenset[str], Split, str]:
