@@ -225,7 +225,7 @@ def test_prompts_trained_on_and_tested_on_are_found(tmp_path: Path, model: Path)
         {"name": "sft", "sft": {"dataset": "q"}},
         {"name": "exam", "evaluate": {"suites": [{"preferenceAccuracy": {"dataset": "p"}}]}},
     ]
-    made = pipeline(tmp_path, model, stages, split={"evaluation": evaluation})
+    made = pipeline(tmp_path, model, stages, split={"test": 0.0})
     made.body["spec"]["datasets"][1] = {"name": "p", "source": f"file://{tmp_path}/p.jsonl", "role": "test"}
     made = LocalPipeline(made.body, tmp_path)
     result, code = preflight(made)
@@ -300,7 +300,7 @@ def kto_pipeline(
     write_jsonl(folder / "q.jsonl", rows)
     write_jsonl(folder / "p.jsonl", pairs())
     stage = {"dataset": "q", "lora": {"rank": 4}, "training": {"maxLength": 64, "globalBatch": 8}} | fields
-    return pipeline(folder, model, [{"name": "thumbs", "kto": stage}], split={"test": 0.0})
+    return pipeline(folder, model, [{"name": "thumbs", "kto": stage}], split={"evaluation": evaluation})
 
 
 def test_one_sided_labels_are_refused_before_anything_trains(tmp_path: Path, model: Path) -> None:

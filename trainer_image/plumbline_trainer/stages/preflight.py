@@ -175,8 +175,8 @@ def check_stages(record: RunRecord, datasets: dict[str, DatasetFindings]) -> Non
                 for part in ("train", "evaluation"):
                     if found.splits[part].rows == 1:
                         raise InputError(
-                            f'{field_path}: "{found.name}" has one row in its {part} split; kto compares rows with each '
-                            "other. Add rows, or change datasets[].split"
+                            f'{field_path}: "{found.name}" has one row in its {part} split; kto compares rows with '
+                            "each other. Add rows, or change datasets[].split"
                         )
 
 
@@ -238,9 +238,9 @@ def notes(record: RunRecord, found: Findings) -> list[str]:
         need = found.estimates[stage.name].memory
         if memory is not None and need is not None and stage.resources.gpus_per_node and need > parse_quantity(memory):
             said.append(f"{stage.name} is estimated to need {shown_bytes(need)} per accelerator, which has {memory}")
-        for _, item in _dataset_inputs(record, stage) if stage.type == "kto" else ():
+        for _, source in _dataset_inputs(record, stage) if stage.type == "kto" else ():
             parameters = Kto.model_validate({key: value for key, value in stage.parameters.items() if key != "seed"})
-            labels = found.datasets[item.name.removeprefix("dataset/")].splits["train"].labels
+            labels = found.datasets[source.name.removeprefix("dataset/")].splits["train"].labels
             if (advice := labels.advice(parameters)) is not None:
                 said.append(f"{stage.name}: {advice}")
     for item in found.datasets.values():
