@@ -77,6 +77,9 @@ e2e: $(VENV)/.dev ## Tests on the real node with real images, S3 and Helm
 bench: $(VENV)/.dev ## Measure hand-over, operator memory, checkpoint transfer and the quickstart
 	$(BIN)/python -m tests.bench
 
+bench-trainer: $(VENV)/.dev ## Measure the training engine beside trl; BENCH="--methods dpo --rows 32" asks for less
+	$(BIN)/python -m tests.bench.trainer $(BENCH)
+
 lock: $(BIN)/uv ## Pin the dependencies anew
 	$(UV) pip compile pyproject.toml --all-extras --group dev --python-version 3.11 --no-header --no-annotate -o requirements/all.txt
 	$(UV) pip compile pyproject.toml --extra operator -c requirements/all.txt --python-version 3.11 --no-header --no-annotate -o requirements/operator.txt

@@ -15,7 +15,15 @@ class ArtifactKind(StrEnum):
 
 
 DatasetFormat = Literal[
-    "auto", "text", "instruction", "contextResponse", "dialogue", "messages", "promptCompletion", "preference"
+    "auto",
+    "text",
+    "instruction",
+    "contextResponse",
+    "dialogue",
+    "messages",
+    "promptCompletion",
+    "preference",
+    "unpaired",
 ]
 """How the rows of a dataset are written. `auto` is `dataset<unknown>` until preflight has read it.
 
@@ -26,6 +34,7 @@ DatasetFormat = Literal[
 - messages: `{messages: [{role, content}]}`
 - promptCompletion: `{prompt, completion}`, each text or messages
 - preference: `{prompt, chosen, rejected}`, each text or messages; without `prompt` the common beginning is the prompt
+- unpaired: `{prompt, completion, label}`; the label says whether the completion is desirable: true or false, or 1 or 0
 """
 
 DATASET_FORMATS: tuple[str, ...] = DatasetFormat.__args__  # type: ignore[attr-defined]
@@ -34,6 +43,8 @@ SUPERVISED_FORMATS = frozenset({"instruction", "contextResponse", "dialogue", "m
 """Formats with a prompt and an answer to imitate."""
 TEXT_FORMATS = frozenset({"text"})
 PREFERENCE_FORMATS = frozenset({"preference"})
+UNPAIRED_FORMATS = frozenset({"unpaired", "preference"})
+"""Formats that say of each answer whether it is desirable; of a pair, the chosen one is and the rejected one is not."""
 PROMPT_FORMATS = SUPERVISED_FORMATS | PREFERENCE_FORMATS
 """Formats whose rows have a prompt that a policy can answer."""
 LIKELIHOOD_FORMATS = SUPERVISED_FORMATS | TEXT_FORMATS | PREFERENCE_FORMATS
@@ -47,5 +58,6 @@ FORMAT_DESCRIPTIONS: dict[str, str] = {
     "messages": "chats (messages with role and content)",
     "promptCompletion": "instruction rows (prompt, completion)",
     "preference": "preference rows (prompt, chosen, rejected)",
+    "unpaired": "unpaired rows (prompt, completion, label)",
     "auto": "rows of a format that preflight detects",
 }

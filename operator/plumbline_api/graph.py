@@ -58,8 +58,8 @@ def references(spec: PipelineSpec, index: int) -> Iterator[Reference]:
         yield Reference(
             "dataset", f"{here}.{stage.type}.dataset", value.dataset, ArtifactKind.DATASET, kind.dataset_formats
         )
-    if stage.dpo is not None and stage.dpo.reference is not None:
-        yield Reference("reference", f"{here}.dpo.reference", stage.dpo.reference, ArtifactKind.POLICY)
+    if (reference := getattr(value, "reference", None)) is not None:
+        yield Reference("reference", f"{here}.{stage.type}.reference", reference, ArtifactKind.POLICY)
     if stage.evaluate is not None:
         baseline = stage.evaluate.baseline
         yield Reference(

@@ -12,11 +12,12 @@ from plumbline_api.artifacts import (
     PREFERENCE_FORMATS,
     SUPERVISED_FORMATS,
     TEXT_FORMATS,
+    UNPAIRED_FORMATS,
     ArtifactKind,
 )
 from plumbline_api.base import Contract, Duration, Name, OneOf, Quantity
 from plumbline_api.evaluation import Evaluate, Gate
-from plumbline_api.training import Dpo, Pretrain, Sft
+from plumbline_api.training import Dpo, Kto, Pretrain, Sft
 
 
 class Resources(Contract):
@@ -67,6 +68,8 @@ class Stage(OneOf):
     """Supervised fine-tuning on prompts and answers."""
     dpo: Dpo | None = None
     """Direct preference optimisation on preference pairs."""
+    kto: Kto | None = None
+    """Kahneman-Tversky optimisation on labelled answers or preference pairs."""
     merge: Merge | None = None
     """Merge adapters into full weights for serving."""
     evaluate: Evaluate | None = None
@@ -106,6 +109,7 @@ STAGE_TYPES: dict[str, StageType] = {
         StageType("pretrain", 1, ArtifactKind.POLICY, "train", TEXT_FORMATS),
         StageType("sft", 1, ArtifactKind.POLICY, "train", SUPERVISED_FORMATS),
         StageType("dpo", 1, ArtifactKind.POLICY, "train", PREFERENCE_FORMATS),
+        StageType("kto", 1, ArtifactKind.POLICY, "train", UNPAIRED_FORMATS),
         StageType("merge", 1, ArtifactKind.POLICY, "cpu"),
         StageType("evaluate", 1, ArtifactKind.REPORT, "generate"),
     )

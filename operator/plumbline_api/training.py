@@ -110,9 +110,32 @@ class Dpo(TrainingStage):
     """Stage whose policy is the reference. Absent: the policy at the start of this stage."""
 
 
+class KtoTraining(Training):
+    """Optimisation parameters; the reference point needs a batch of at least two rows."""
+
+    global_batch: Annotated[int, Field(ge=2, le=65536)] = 16
+    """Rows (or pairs) per optimizer step, over all ranks and micro-batches; the reference point is their mean."""
+
+
+class Kto(TrainingStage):
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024) on answers labelled desirable or not, or on pairs."""
+
+    training: KtoTraining = KtoTraining()
+    """Optimisation parameters."""
+    beta: Annotated[float, Field(gt=0, le=100)] = 0.1
+    """Strength of the pull towards the reference."""
+    desirable_weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Weight λ_D of desirable answers."""
+    undesirable_weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Weight λ_U of undesirable answers. λ_D·n_D / (λ_U·n_U) is best between 1 and 4/3."""
+    reference: Name | None = None
+    """Stage whose policy is the reference. Absent: the policy at the start of this stage."""
+
+
 DEFAULT_LEARNING_RATES: dict[str, tuple[float, float]] = {
     "pretrain": (2e-4, 2e-5),
     "sft": (2e-4, 2e-5),
     "dpo": (5e-6, 1e-6),
+    "kto": (5e-6, 1e-6),
 }
 """Peak learning rate with LoRA and without, by stage type."""

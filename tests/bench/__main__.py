@@ -5,16 +5,14 @@ Name parts to measure only them: `python -m tests.bench transfer quickstart hand
 
 from __future__ import annotations
 
-import datetime
 import importlib
-import os
-import platform
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.page import replace, section
+
 PARTS = {
     "handover": (
         "Operator",
@@ -24,7 +22,7 @@ PARTS = {
     "transfer": ("Checkpoints against a raw copy", "tests/bench/transfer.py", "a real S3 server on this machine"),
     "quickstart": ("Quickstart", "tests/bench/quickstart.py", "`make quickstart` from empty storage, then again"),
 }
-PAGE = ROOT / "docs" / "benchmarks.md"
+LIBRARIES = ("torch", "transformers", "kopf", "boto3")
 
 
 def main(names: list[str]) -> int:
@@ -35,45 +33,11 @@ def main(names: list[str]) -> int:
         return 2
     for name in names or list(PARTS):
         rows = importlib.import_module(f"bench.{name}").measure()
-        section = _section(name, rows)
-        sys.stdout.write(section + "\n")
-        _replace(name, section)
+        title, source, how = PARTS[name]
+        text = section(title, f"`make bench` ({source}): {how}.", rows, LIBRARIES)
+        sys.stdout.write(text + "\n")
+        replace(name, text)
     return 0
-
-
-def _section(name: str, rows: list[dict[str, str]]) -> str:
-    title, source, how = PARTS[name]
-    header = list(rows[0])
-    lines = [f"## {title}", "", f"`make bench` ({source}): {how}.", ""]
-    lines += [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
-    lines += [f"| {' | '.join(row.get(key, '') for key in header)} |" for row in rows]
-    libraries = ", ".join(f"{n} {version(n)}" for n in ("torch", "transformers", "kopf", "boto3"))
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    lines += [
-        "",
-        f"{today}; {os.cpu_count()} cores ({platform.machine()}); Python {platform.python_version()}, {libraries}.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _replace(name: str, section: str) -> None:
-    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    text = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else _INTRODUCTION
-    block = f"{begin}\n{section}{end}\n"
-    if begin in text:
-        head, _, rest = text.partition(begin)
-        text = head + block + rest.partition(f"{end}\n")[2]
-    else:
-        text = text.rstrip("\n") + "\n\n" + block
-    PAGE.write_text(text, encoding="utf-8")
-
-
-_INTRODUCTION = """# Benchmarks
-
-Every figure here was measured by the command named above it and written by that command. Machines differ and are shared: speeds are
-given as ratios within one run where something can be compared.
-"""
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from typing import Literal
 
-from plumbline_trainer.data.encode import Encoded, EncodedResponse
+from plumbline_trainer.data.encode import Encoded, EncodedResponse, Role
 
 VOCABULARY = 256
 """Ids below it exist in every tiny model."""
@@ -14,7 +13,7 @@ VOCABULARY = 256
 def make_response(
     rng: random.Random,
     length: int,
-    role: Literal["completion", "chosen", "rejected", "text"],
+    role: Role,
     *,
     first_scored: int = 0,
     share: float = 1.0,
@@ -37,6 +36,16 @@ def make_pair(rng: random.Random, prompt: int, chosen: int, rejected: int, name:
             make_response(rng, chosen, "chosen", first_scored=first),
             make_response(rng, rejected, "rejected", first_scored=first),
         ],
+    )
+
+
+def make_thumb(rng: random.Random, prompt: int, length: int, name: str, *, desirable: bool) -> Encoded:
+    """An unpaired row."""
+    return Encoded(
+        row_id=name,
+        group="g",
+        prompt=[rng.randrange(VOCABULARY) for _ in range(prompt)],
+        responses=[make_response(rng, length, "desirable" if desirable else "undesirable")],
     )
 
 

@@ -19,7 +19,7 @@ from plumbline_trainer.engine.objective import Objective
 from plumbline_trainer.engine.schedule import StepPlan, plan_steps
 from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.models.adapters import adapter_state, attach_lora
-from support.encoded import make_completion, make_pair
+from support.encoded import make_completion, make_pair, make_thumb
 from support.tiny import Style, make_model, make_tokenizer
 from support.trainer import stage_context, stage_run
 from torch.utils.data import SequentialSampler
@@ -29,7 +29,7 @@ assert trl.__version__ == PINNED, f"parity is stated against trl {PINNED}, this 
 
 LORA = Lora(rank=4, alpha=8)
 
-__all__ = ["LORA", "make_completion", "make_pair"]
+__all__ = ["LORA", "make_completion", "make_pair", "make_thumb"]
 
 
 def our_model(style: Style, *, lora: bool, touched: bool = False) -> Any:
@@ -135,6 +135,37 @@ def dpo_trainer(model: Any, rows: Sequence[Encoded], arguments: dict[str, Any], 
         for row in rows
     ]
     config = trl.DPOConfig(**arguments, beta=beta, loss_type=["sigmoid"])
+    trainer = Ready(
+        model,
+        ref_model=None if isinstance(model, peft.PeftModel) else copy.deepcopy(model),
+        args=config,
+        train_dataset=datasets.Dataset.from_list(data),
+        processing_class=make_tokenizer(),
+    )
+    return _in_order(trainer)
+
+
+def kto_trainer(model: Any, rows: Sequence[Encoded], arguments: dict[str, Any], **fields: Any) -> Any:
+    """trl's KTO on ready ids, in the given order; its own rotation of completions within each device batch stays.
+
+    The reference is the model as given.
+    """
+    data = [
+        {"prompt_ids": row.prompt, "completion_ids": response.ids, "label": response.role == "desirable"}
+        for row in rows
+        for response in row.responses
+    ]
+    size = arguments["per_device_train_batch_size"]
+    for start in range(0, len(data), size):
+        ids = [row["completion_ids"] for row in data[start : start + size]]
+        for row, other in zip(data[start : start + size], [ids[-1], *ids[:-1]], strict=True):
+            row["KL_completion_ids"] = other
+
+    class Ready(trl.KTOTrainer):  # type: ignore[misc]
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+    config = trl.KTOConfig(**arguments, **fields)
     trainer = Ready(
         model,
         ref_model=None if isinstance(model, peft.PeftModel) else copy.deepcopy(model),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from plumbline_api.stagerun import StageRun
-from plumbline_api.training import Dpo, Pretrain, Sft
+from plumbline_api.training import Dpo, Kto, Pretrain, Sft
 from support.tiny import save_model
 from support.trainer import base_model, external, parameters_of, stage_run, write_jsonl
 
@@ -38,20 +38,25 @@ def phrase(rng: random.Random, low: int, high: int) -> str:
 
 
 def rows_of(kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows of uneven length: `text`, `promptCompletion` or `preference`."""
+    """Rows of uneven length: `text`, `promptCompletion`, `unpaired` or `preference`."""
     rng = random.Random(seed)
     if kind == "text":
         return [{"text": phrase(rng, 3, 40)} for _ in range(count)]
     if kind == "promptCompletion":
         return [{"prompt": f"{n}: {phrase(rng, 2, 15)}", "completion": phrase(rng, 1, 20)} for n in range(count)]
+    if kind == "unpaired":
+        return [
+            {"prompt": f"{n}: {phrase(rng, 2, 25)}", "completion": phrase(rng, 1, 12), "label": rng.random() < 0.5}
+            for n in range(count)
+        ]
     return [
         {"prompt": f"{n}: {phrase(rng, 2, 25)}", "chosen": phrase(rng, 1, 12), "rejected": phrase(rng, 1, 12)}
         for n in range(count)
     ]
 
 
-FORMATS = {"pretrain": "text", "sft": "promptCompletion", "dpo": "preference"}
-MODELS = {"pretrain": Pretrain, "sft": Sft, "dpo": Dpo}
+FORMATS = {"pretrain": "text", "sft": "promptCompletion", "dpo": "preference", "kto": "unpaired"}
+MODELS = {"pretrain": Pretrain, "sft": Sft, "dpo": Dpo, "kto": Kto}
 
 
 def training_run(
@@ -66,6 +71,7 @@ def training_run(
     processes: int = 1,
     attempt: int = 1,
     dtype: Any = "float32",
+    form: str = "",
     stage: dict[str, Any] | None = None,
     **training: Any,
 ) -> StageRun:
@@ -73,7 +79,7 @@ def training_run(
     model = folder / f"model-{style}-{dtype}"
     if not model.exists():
         save_model(model, style, dtype=dtype)
-    form = FORMATS[type_]
+    form = form or FORMATS[type_]
     data = folder / f"{form}-{rows}.jsonl"
     uri = f"file://{data}" if data.exists() else write_jsonl(data, rows_of(form, rows))
     fields: dict[str, Any] = {"dataset": "data", "training": training, **(stage or {})}

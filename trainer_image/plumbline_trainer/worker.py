@@ -42,6 +42,7 @@ STAGES: dict[str, str] = {
     "pretrain": "plumbline_trainer.stages.pretrain",
     "sft": "plumbline_trainer.stages.sft",
     "dpo": "plumbline_trainer.stages.dpo",
+    "kto": "plumbline_trainer.stages.kto",
     "merge": "plumbline_trainer.stages.merge",
     "evaluate": "plumbline_trainer.stages.evaluate",
 }

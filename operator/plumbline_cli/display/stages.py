@@ -18,6 +18,7 @@ KEY_FIGURES: dict[str, tuple[str, ...]] = {
     "pretrain": ("evalLoss", "loss"),
     "sft": ("evalLoss", "loss"),
     "dpo": ("evalRewardAccuracy", "rewardAccuracy", "loss", "rewardMargin"),
+    "kto": ("evalRewardAccuracy", "rewardAccuracy", "loss", "rewardMargin"),
     "merge": ("lostPart", "logitKl"),
     "evaluate": ("winRate", "preferenceAccuracy", "perplexity"),
 }

@@ -49,7 +49,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "two stage types": (
         {"stages": stages_with(0, sft={"dataset": "tickets"})},
         [
-            "spec.stages[0]: exactly one stage type must be set, pretrain and sft are; choose one of: pretrain, sft, dpo, merge, evaluate"
+            "spec.stages[0]: exactly one stage type must be set, pretrain and sft are; choose one of: pretrain, sft, dpo, kto, merge, evaluate"
         ],
     ),
     "wrong dataset format": (
@@ -95,6 +95,35 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "negative beta": (
         {"stages": stages_with(2, dpo={"dataset": "prefs", "beta": 0})},
         ["spec.stages[2].dpo.beta: 0: input should be greater than 0"],
+    ),
+    "kto on pairs with a named reference": (
+        {"stages": [*STAGES, {"name": "thumbs", "kto": {"dataset": "prefs", "reference": "sft"}}]},
+        [],
+    ),
+    "kto on raw text": (
+        {"stages": [*STAGES, {"name": "thumbs", "kto": {"dataset": "manuals"}}]},
+        [
+            'spec.stages[5].kto.dataset: "manuals" holds raw text; kto needs preference rows (prompt, chosen, rejected) or '
+            "unpaired rows (prompt, completion, label). Datasets that fit: prefs"
+        ],
+    ),
+    "unpaired rows for dpo": (
+        {"datasets": [*DATASETS[:2], {**DATASETS[2], "format": "unpaired"}], "stages": STAGES[:3]},
+        [
+            'spec.stages[2].dpo.dataset: "prefs" holds unpaired rows (prompt, completion, label); dpo needs preference rows '
+            "(prompt, chosen, rejected). Datasets that fit: none"
+        ],
+    ),
+    "kto with a batch of one": (
+        {"stages": [*STAGES, {"name": "thumbs", "kto": {"dataset": "prefs", "training": {"globalBatch": 1}}}]},
+        ["spec.stages[5].kto.training.globalBatch: 1: input should be greater than or equal to 2"],
+    ),
+    "kto with a reference that is none": (
+        {"stages": [*STAGES, {"name": "thumbs", "kto": {"dataset": "prefs", "reference": "exam"}}]},
+        [
+            'spec.stages[5].kto.reference: "exam" (evaluate) yields a report; a policy is needed here. Stages that fit: '
+            "domain, sft, dpo, final"
+        ],
     ),
     "gate without bound": (
         {"stages": stages_with(4, gates=[{"metric": "perplexity"}])},

@@ -244,3 +244,16 @@ def test_batches_do_not_change_what_comes_out(monkeypatch: pytest.MonkeyPatch) -
     together = encode_rows(rows, tokenizer, method="completion", max_length=64)
     monkeypatch.setattr("plumbline_trainer.data.encode.BATCH", 1)
     assert encode_rows(rows, tokenizer, method="completion", max_length=64) == together
+
+
+def test_unpaired_takes_every_labelled_answer() -> None:
+    tokenizer = make_tokenizer(tiny.make_tokenizer())
+    both = encode(pair("Q?", "Yes.", "No."), tokenizer, method="unpaired", max_length=LONG).rows[0]
+    assert [response.role for response in both.responses] == ["desirable", "undesirable"]
+    single = Row("r", "g", chat("Q?"), (Response("0", (Message("assistant", "No."),), label="undesirable"),))
+    alone = encode(single, tokenizer, method="unpaired", max_length=LONG).rows[0]
+    assert [response.role for response in alone.responses] == ["undesirable"]
+    assert alone.prompt == both.prompt
+    assert alone.responses[0].ids == both.responses[1].ids
+    with pytest.raises(InputError, match="a label"):
+        encode(row("Q?", "A."), tokenizer, method="unpaired", max_length=LONG)

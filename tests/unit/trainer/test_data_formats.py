@@ -69,6 +69,8 @@ def turns(row: Row) -> list[tuple[str, str]]:
         ({"dialogue": "USER: Q ASSISTANT: A"}, "dialogue", [("user", "Q"), ("assistant", "A")]),
         ({"text": "USER: Q\nASSISTANT: A"}, "dialogue", [("user", "Q"), ("assistant", "A")]),
         ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "preference", [("user", "Q"), ("assistant", "A")]),
+        ({"prompt": "Q", "completion": "A", "label": True}, "unpaired", [("user", "Q"), ("assistant", "A")]),
+        ({"prompt": "Q", "completion": "", "label": False}, "unpaired", [("user", "Q"), ("assistant", "")]),
     ],
 )  # fmt: skip
 def test_each_format_is_detected_and_parsed(
@@ -77,6 +79,58 @@ def test_each_format_is_detected_and_parsed(
     found = parse_dataset(files(tmp_path, lines(record)), "d", {"format": "auto"})
     assert found.format == format_
     assert turns(found.rows[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("label", "found"),
+    [
+        (True, "desirable"),
+        (False, "undesirable"),
+        (1, "desirable"),
+        (0, "undesirable"),
+        (1.0, "desirable"),
+        ("true", "desirable"),
+        ("False", "undesirable"),
+        ("0", "undesirable"),
+    ],
+)
+def test_labels_are_true_and_false_or_1_and_0(tmp_path: Path, label: Any, found: str) -> None:
+    record = {"prompt": "Q", "completion": "A", "label": label}
+    assert parse_dataset(files(tmp_path, lines(record)), "d", {}).rows[0].responses[0].label == found
+
+
+@pytest.mark.parametrize(
+    ("label", "shown"),
+    [("good", '"good"'), (2, "2"), (-1, "-1"), (0.5, "0.5"), (None, "null"), ([True], "a list"), ("", '""')],
+)
+def test_labels_that_are_not_boolean_are_refused_with_file_line_and_remedy(
+    tmp_path: Path, label: Any, shown: str
+) -> None:
+    good = {"prompt": "Q", "completion": "A", "label": True}
+    with pytest.raises(InputError) as caught:
+        parse_dataset(files(tmp_path, lines(good, good | {"label": label})), "d", {"format": "unpaired"})
+    words = str(caught.value)
+    assert "data.jsonl line 2" in words
+    assert f'"label" is {shown}; true or false (or 1 or 0) expected' in words
+    assert "Convert the column" in words
+
+
+def test_labels_of_a_csv_file_are_text(tmp_path: Path) -> None:
+    content = "prompt,completion,label\nQ,A,True\nQ,B,0\n"
+    found = parse_dataset(files(tmp_path, content, "data.csv"), "d", {})
+    assert found.format == "unpaired"
+    assert [row.responses[0].label for row in found.rows] == ["desirable", "undesirable"]
+
+
+def test_an_empty_completion_cannot_be_desirable(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="empty"):
+        parse_dataset(files(tmp_path, lines({"prompt": "Q", "completion": " ", "label": 1})), "d", {})
+
+
+def test_a_label_of_another_kind_is_left_alone_where_the_format_is_named(tmp_path: Path) -> None:
+    record = {"prompt": "Q", "completion": "A", "label": "billing"}
+    found = parse_dataset(files(tmp_path, lines(record)), "d", {"format": "promptCompletion"})
+    assert found.rows[0].responses[0].label is None
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import hashlib
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -20,14 +21,16 @@ import torch
 from plumbline_api.stagerun import StageRun
 from plumbline_trainer.context import StageContext
 from plumbline_trainer.engine.loop import TrainingRun
+from plumbline_trainer.engine.reference_cache import ReferenceCache
 from plumbline_trainer.errors import Interrupted
-from plumbline_trainer.stages import dpo, pretrain, sft
+from plumbline_trainer.stages import dpo, kto, pretrain, sft
 from plumbline_trainer.storage.checkpoints import wait_for_uploads
+from safetensors.torch import load_file
 from support.ranks import run_ranks
 from support.trainer import finish_launcher, launch, manifest_of, output_folder, stage_context, start_launcher
 from support.training_data import training_run
 
-STAGES = {"dpo": dpo, "pretrain": pretrain, "sft": sft}
+STAGES = {"dpo": dpo, "kto": kto, "pretrain": pretrain, "sft": sft}
 LORA = {"rank": 4, "dropout": 0.1}
 
 
@@ -74,7 +77,14 @@ class TestInProcess:
 
     @pytest.mark.parametrize(
         ("type_", "lora", "every"),
-        [("sft", LORA, 2), ("sft", None, 3), ("dpo", {"rank": 4}, 2), ("pretrain", LORA, 5), ("dpo", None, 4)],
+        [
+            ("sft", LORA, 2),
+            ("sft", None, 3),
+            ("dpo", {"rank": 4}, 2),
+            ("pretrain", LORA, 5),
+            ("dpo", None, 4),
+            ("kto", {"rank": 4}, 3),
+        ],
     )
     def test_killed_at_any_step(
         self, tmp_path: Path, type_: str, lora: Any, every: int, monkeypatch: pytest.MonkeyPatch
@@ -151,20 +161,42 @@ class TestInProcess:
         assert output.metrics["evalLossStart"] == whole.metrics["evalLossStart"]
         assert digest_of(output.folder) == digest_of(whole.folder)
 
-    def test_dpo_resumes_with_the_same_references_when_they_are_lost(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("type_", ["dpo", "kto"])
+    def test_resumes_with_the_same_references_when_they_are_lost(
+        self, tmp_path: Path, type_: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """All weights are trained, so the reference is the model before the checkpoint is taken up."""
         settings: dict[str, Any] = {"lora": None, "globalBatch": 4, "epochs": 2, "checkpointEverySteps": 2}
+        whole_run = training_run(tmp_path / "whole", type_, learningRate=1e-3, **settings)
+        _, whole, _ = self.attempt(tmp_path / "whole", whole_run, monkeypatch)
+        run = training_run(tmp_path / "killed", type_, learningRate=1e-3, **settings)
+        context, ended, _ = self.attempt(tmp_path / "killed" / "one", run, monkeypatch, die_at=7)
+        assert isinstance(ended, Killed)
+        for root in (context.run_root, context.namespace_root):
+            kept = Path(root.removeprefix("file://")) / "references"
+            assert list(kept.rglob("*.safetensors"))
+            shutil.rmtree(kept)
+        _, output, _ = self.attempt(tmp_path / "killed" / "two", run, monkeypatch)
+        assert output.first_step == 6
+        assert digest_of(output.folder) == digest_of(whole.folder)
+
+    def test_resumes_with_the_references_it_began_with(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Others may add values for the same rows that round differently: a run keeps its own."""
+        settings: dict[str, Any] = {"lora": {"rank": 4}, "globalBatch": 4, "epochs": 2, "checkpointEverySteps": 2}
         whole_run = training_run(tmp_path / "whole", "dpo", learningRate=1e-3, **settings)
         _, whole, _ = self.attempt(tmp_path / "whole", whole_run, monkeypatch)
         run = training_run(tmp_path / "killed", "dpo", learningRate=1e-3, **settings)
         context, ended, _ = self.attempt(tmp_path / "killed" / "one", run, monkeypatch, die_at=7)
         assert isinstance(ended, Killed)
-        kept = list((Path(context.run_root.removeprefix("file://")) / "references").iterdir())
-        assert kept
-        for path in kept:
-            path.unlink()
+        shared = Path(context.namespace_root.removeprefix("file://")) / "references"
+        [file] = shared.rglob("*.safetensors")
+        tensors = load_file(file)
+        other = ReferenceCache.__new__(ReferenceCache)
+        other._context = context
+        shutil.rmtree(file.parent)
+        raw = tensors["keys"].numpy().tobytes()
+        shifted = {raw[32 * i : 32 * i + 32]: total + 1e-3 for i, total in enumerate(tensors["totals"])}
+        other._write(f"file://{file.parents[1]}", shifted)
         _, output, _ = self.attempt(tmp_path / "killed" / "two", run, monkeypatch)
         assert output.first_step == 6
         assert digest_of(output.folder) == digest_of(whole.folder)

@@ -11,10 +11,9 @@ import pytest
 import torch
 from plumbline_api.stagerun import StageRun
 from plumbline_trainer.engine import objective
-from plumbline_trainer.stages import dpo as dpo_stage
 from safetensors.torch import load_file
 from support.ranks import run_ranks
-from support.trainer import base_model, manifest_of, output_folder, output_of, run_in_process, stage_context
+from support.trainer import base_model, manifest_of, output_folder, output_of, run_in_process
 from support.training_data import training_run
 
 LORA = {"rank": 4}
@@ -206,38 +205,6 @@ def test_a_reference_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
     result, code = run_in_process(tmp_path, run)
     assert code == 2
     assert "tokenizers" in result.message
-
-
-def test_references_are_taken_from_storage_and_come_out_the_same_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from plumbline_trainer.engine import reference_pass
-
-    run = training_run(tmp_path, "dpo", lora=LORA, globalBatch=4, maxSteps=2, epochs=5)
-    calls: list[int] = []
-    real = reference_pass.score_rows
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(reference_pass, "score_rows", counted)
-
-    def attempt(name: str) -> dict[str, bytes]:
-        context = stage_context(tmp_path / name, run)
-        assert dpo_stage.run(context) is not None
-        kept = Path(context.run_root.removeprefix("file://")) / "references"
-        return {path.name: path.read_bytes() for path in kept.iterdir()}
-
-    first = attempt("one")
-    assert len(calls) == 1
-    assert attempt("two") == first
-    assert len(calls) == 1, "taken from storage"
-    root = Path(stage_context(tmp_path / "x", run).run_root.removeprefix("file://")) / "references"
-    damaged = next(root.glob("*.safetensors"))
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-    assert attempt("three") == first, "computed again, to the same bits"
-    assert len(calls) == 2
 
 
 def test_a_wrong_reference_is_found_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from plumbline_trainer.errors import InputError
 if TYPE_CHECKING:
     from plumbline_trainer.models.tokenizer import Tokenizer
 
-Method = Literal["text", "completion", "all", "assistant", "preference", "prompt"]
+Method = Literal["text", "completion", "all", "assistant", "preference", "unpaired", "prompt"]
 """What carries loss.
 
 - text: every token of raw text but the first
@@ -28,12 +28,24 @@ Method = Literal["text", "completion", "all", "assistant", "preference", "prompt
 - all: every token of the dialogue but the first
 - assistant: every turn of the assistant
 - preference: the chosen and the rejected answer
+- unpaired: every labelled answer; of a pair, the chosen one is desirable and the rejected one is not
 - prompt: nothing; the prompt is for sampling
 """
+
+DESIRABLE: dict[str | None, Literal["desirable", "undesirable"]] = {
+    "chosen": "desirable",
+    "rejected": "undesirable",
+    "desirable": "desirable",
+    "undesirable": "undesirable",
+}
+"""What a label says of an answer by itself."""
 
 BATCH = 512
 """Rows tokenised at once."""
 EXAMPLES = 5
+
+
+Role = Literal["completion", "chosen", "rejected", "desirable", "undesirable", "text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +55,7 @@ class EncodedResponse:
     ids: list[int]
     mask: list[bool]
     """Which ids carry loss; as long as `ids`."""
-    role: Literal["completion", "chosen", "rejected", "text"]
+    role: Role
     truncated: bool = False
     """Whether its end was cut off, and with it the end token."""
 
@@ -97,7 +109,7 @@ class _Dialogue:
 
     prompt: tuple[Message, ...]
     messages: tuple[Message, ...]
-    role: Literal["completion", "chosen", "rejected"]
+    role: Role
 
     def texts(self, render: Renderer, source: str) -> list[str]:
         """The whole dialogue, then for every turn of the assistant after the prompt what lies before and up to it."""
@@ -204,6 +216,11 @@ def _dialogues(row: Row, method: Method) -> list[_Dialogue]:
             _Dialogue(row.prompt, row.prompt + chosen.messages, "chosen"),
             _Dialogue(row.prompt, row.prompt + rejected.messages, "rejected"),
         ]
+    if method == "unpaired":
+        labelled = [response for response in row.responses if response.label in DESIRABLE]
+        if not labelled:
+            raise InputError(f"{row.source}: an answer with a label, or a chosen and a rejected one, is needed")
+        return [_Dialogue(row.prompt, row.prompt + item.messages, DESIRABLE[item.label]) for item in labelled]
     messages = row.prompt + _answer(row).messages
     if method == "assistant":
         first = next(index for index, message in enumerate(messages) if message.role == "assistant")

@@ -23,6 +23,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "instruction": ("instruction", "output"),
     "contextResponse": ("context", "response"),
+    "unpaired": ("prompt", "completion", "label"),
     "promptCompletion": ("prompt", "completion"),
     "dialogue": ("dialogue",),
     "text": ("text",),
@@ -279,6 +280,33 @@ def _parse_prompt_completion(fields: Mapping[str, Any]) -> Parsed:
     return prompt, (Response("0", _answer_turns(fields, "completion", prompt)),)
 
 
+LABELS: dict[Any, bool] = {"true": True, "1": True, "false": False, "0": False}
+"""Labels as text, because every cell of a CSV file is; JSON's own true, false, 1 and 0 are taken as they are."""
+
+
+def _parse_unpaired(fields: Mapping[str, Any]) -> Parsed:
+    desirable = _label(fields["label"])
+    prompt = _prompt(fields)
+    # An empty answer can be a bad one, as in a pair.
+    name = "completion" if desirable else "rejected"
+    turns = _answer_turns({name: fields["completion"]}, name, prompt)
+    return prompt, (Response("0", turns, label="desirable" if desirable else "undesirable"),)
+
+
+def _label(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int | float) and value in (0, 1):
+        return bool(value)
+    if isinstance(value, str) and value.strip().lower() in LABELS:
+        return LABELS[value.strip().lower()]
+    shown = f'"{value[:40]}"' if isinstance(value, str) else f"{value}" if isinstance(value, int | float) else None
+    raise BadRowError(
+        f'"label" is {shown or kind_of(value)}; true or false (or 1 or 0) expected: is the completion desirable? '
+        "Convert the column, or name format: promptCompletion if it is no such label"
+    )
+
+
 def _parse_preference(fields: Mapping[str, Any]) -> Parsed:
     if fields.get("prompt") is not None:
         prompt = _prompt(fields)
@@ -377,4 +405,5 @@ PARSERS: dict[str, Callable[[Mapping[str, Any]], Parsed]] = {
     "messages": _parse_chat,
     "promptCompletion": _parse_prompt_completion,
     "preference": _parse_preference,
+    "unpaired": _parse_unpaired,
 }

@@ -31,7 +31,7 @@ class Response:
     rank: int | None = None
     """0 is best."""
     label: str | None = None
-    """`chosen` or `rejected` in preference rows."""
+    """`chosen` or `rejected` in preference rows, `desirable` or `undesirable` in unpaired ones."""
     annotations: dict[str, Any] = field(default_factory=dict)
     policy_digest: str | None = None
     """The policy that wrote it."""

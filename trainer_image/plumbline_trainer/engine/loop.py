@@ -13,7 +13,7 @@ from plumbline_api.training import Training
 from plumbline_trainer.context import StageContext
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.distributed import Ranks
-from plumbline_trainer.engine.objective import Objective, row_tokens
+from plumbline_trainer.engine.objective import LooksAhead, Objective, row_tokens
 from plumbline_trainer.engine.optimizer import Optimizer, named_trainables
 from plumbline_trainer.engine.packing import PackedBatch, pack, packed_length
 from plumbline_trainer.engine.pathcheck import choose_path
@@ -134,7 +134,9 @@ class TrainingRun:
     def figures(self) -> dict[str, float]:
         """Figures at the end, at most 15: means over the last steps, evaluations, totals."""
         recent = self.state.recent
-        means = {name: sum(item[name] for item in recent) / len(recent) for name in (recent[-1] if recent else {})}
+        # Not every step has every figure: a batch may hold answers of one kind only.
+        found = {name: [item[name] for item in recent if name in item] for item in recent for name in item}
+        means = {name: sum(values) / len(values) for name, values in found.items()}
         latest, start, best = self.state.latest, self.state.start, self.state.best
         known = {
             "loss": means.get("loss"),
@@ -158,6 +160,8 @@ class TrainingRun:
     def _take_step(self, objective: Objective) -> None:
         started, step = time.monotonic(), self.state.step
         rows = [self.rows[index] for index in self.plan.rows(step)]
+        if isinstance(objective, LooksAhead):
+            objective.look_ahead(rows)
         means = self._accumulate(objective, rows)
         rate = self.optimizer.learning_rate
         norm = self.optimizer.step(self.ranks)
@@ -194,6 +198,8 @@ class TrainingRun:
 
     def _evaluate(self, objective: Objective, rows: Sequence[Encoded]) -> dict[str, float]:
         """Means over held-out rows, under names that begin with `eval`; they become the latest, perhaps the best."""
+        if isinstance(objective, LooksAhead):
+            objective.look_ahead(rows)
         sums: dict[str, float] = {}
         batches = fill_batches([packed_length(row) for row in rows], budget=self.training.tokens_per_batch)
         for done in range(0, len(batches), self.ranks.size):

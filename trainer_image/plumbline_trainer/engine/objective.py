@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,6 +32,19 @@ class Objective(Protocol):
         Args:
             batch: The batch that was scored.
             scores: [N] log-probabilities of its scored tokens.
+        """
+        ...
+
+
+@runtime_checkable
+class LooksAhead(Protocol):
+    """An objective that must see all rows of a step before it can say what the loss of one is."""
+
+    def look_ahead(self, rows: Sequence[Encoded]) -> None:
+        """Called on every rank alike before the first batch of a step or an evaluation, without gradients.
+
+        Args:
+            rows: All rows of the step or the evaluation, on all ranks, in the plan's order.
         """
         ...
 

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.packing import pack, packed_length
-from plumbline_trainer.engine.references import ReferenceKey, References, load_scores, save_scores
+from plumbline_trainer.engine.pathcheck import choose_path
+from plumbline_trainer.engine.reference_cache import ReferenceCache, ReferenceKey
+from plumbline_trainer.engine.references import References, by_prompt, row_keys, totals_by_key
 from plumbline_trainer.engine.scorer import Scorer
-from plumbline_trainer.engine.scoring import Scores, score_rows
+from plumbline_trainer.engine.scoring import score_rows
 from plumbline_trainer.engine.trained import policy_identity
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.models.adapters import adapters_disabled
@@ -25,68 +27,87 @@ micro-batches differs, so float32 leaves rounding; bfloat16 adds up to some hund
 CHECK_TOKENS = 192
 
 
-def find_references(run: TrainingRun, policy: Policy, held_out: Sequence[Encoded]) -> References:
+def find_references(
+    run: TrainingRun, policy: Policy, held_out: Sequence[Encoded], further: Sequence[Encoded] = ()
+) -> References:
     """Reference log-probabilities of every row that the stage will look at.
 
     The reference is the stage named by the input `reference`, else the policy as the stage starts with it: with the
-    adapter off, or before the first step of full fine-tuning. They are taken from storage where a former attempt left
-    them. Call it before the run takes up its checkpoint.
+    adapter off, or before the first step of full fine-tuning. What any stage of the namespace has computed before is
+    taken from storage. Call it before the run takes up its checkpoint.
+
+    Args:
+        run: Of the stage; its plan says which training rows are looked at.
+        policy: As the stage starts with it.
+        held_out: Rows of evaluations.
+        further: Other rows that the objective needs.
 
     Raises:
         InputError: if the named reference has another tokenizer.
         Interrupted: on SIGTERM.
     """
-    rows = [*(run.rows[index] for index in run.plan.visited()), *held_out]
-    named = [item for item in run.context.run.inputs if item.role == "reference"]
-    if named:
-        return References(rows, _named_scores(run, policy, rows))
-    references = References(rows, _own_scores(run, policy, rows))
+    rows = [*(run.rows[index] for index in run.plan.visited()), *held_out, *further]
+    if any(item.role == "reference" for item in run.context.run.inputs):
+        return _named_references(run, policy, rows)
+    references = _references(run, policy, run.scorer, rows)
     if run.state.step == 0 and run.state.path == "fast":
         gap = _gap_at_start(run, references)
         if not gap <= START_TOLERANCES[run.scorer.precision]:
             run.go_plain(f"before the first step the policy and its reference differ by {gap:.2g} instead of 0")
-            references = References(rows, _own_scores(run, policy, rows))
+            references = _references(run, policy, run.scorer, rows)
     return references
 
 
-def _own_scores(run: TrainingRun, policy: Policy, rows: Sequence[Encoded]) -> Scores:
-    """Scores under the weights the stage starts with."""
-    key = _key(run, policy, str(run.state.path)).digest(rows)
-    return _kept(run, key, rows) or _computed(run, run.scorer, key, rows)
-
-
-def _named_scores(run: TrainingRun, policy: Policy, rows: Sequence[Encoded]) -> Scores:
-    """Scores under the policy of another stage, which is loaded for this pass only."""
-    context = run.context
-    reference = load_policy(
-        context, context.input("reference"), precision=run.training.precision, device=context.device
-    )
+def _named_references(run: TrainingRun, policy: Policy, rows: Sequence[Encoded]) -> References:
+    """Under the policy of another stage, which is loaded for this pass only."""
+    context, training = run.context, run.training
+    reference = load_policy(context, context.input("reference"), precision=training.precision, device=context.device)
     if reference.tokenizer.digest != policy.tokenizer.digest:
         raise InputError(
             f'stage {context.run.stage}: the policy and the reference "{context.input("reference").name}" have '
             "different tokenizers or chat templates; choose a reference that was trained from the same base model"
         )
-    key = _key(run, reference, "checked").digest(rows)
-    return _kept(run, key, rows) or _computed(run, reference.model, key, rows)
+    scorer = Scorer(reference.model, precision=run.scorer.precision)
+    scorer.eval()
+    scorer.path = choose_path(scorer, rows, {}, tokens=training.tokens_per_batch, ranks=run.ranks).path
+    return _references(run, reference, scorer, rows)
 
 
-def _key(run: TrainingRun, policy: Policy, path: str) -> ReferenceKey:
-    return ReferenceKey(
+def _references(run: TrainingRun, policy: Policy, scorer: Scorer, rows: Sequence[Encoded]) -> References:
+    """Totals from storage, and a pass over what is not there."""
+    key = ReferenceKey(
         weights=policy_identity(policy),
-        path=path,
-        precision=run.scorer.precision,
-        numerics_version=run.context.run.numerics_version,
+        path=scorer.path,
+        precision=scorer.precision,
+        device=run.ranks.device.type,
         split=f"{run.training.tokens_per_batch}/{run.ranks.size}/{torch.get_num_threads()}",
     )
+    cache = ReferenceCache(run.context, key)
+    wanted = list(dict.fromkeys(key for row in rows for key in row_keys(row)))
+    found = _agreed(run, cache.find(wanted) if run.ranks.is_main else {}, wanted)
+    missing = by_prompt(rows, found, run.training.tokens_per_batch)
+    computed = _computed(run, scorer, missing) if missing else {}
+    if run.ranks.is_main:
+        said = f"reference values: {len(found):,} of {len(wanted):,} responses found in storage"
+        run.context.log.info("%s", said)
+        cache.keep(computed, found | computed)
+    return References.known(found | computed)
 
 
-def _kept(run: TrainingRun, key: str, rows: Sequence[Encoded]) -> Scores | None:
-    scores = load_scores(run.context.store, run.context.run_root, key, rows)
-    # Every rank reads for itself; if one finds none, all compute.
-    return None if run.ranks.any(scores is None) else scores
+def _agreed(run: TrainingRun, found: dict[bytes, Tensor], wanted: Sequence[bytes]) -> dict[bytes, Tensor]:
+    """What rank 0 found, on every rank: others may look a moment later and see more."""
+    if run.ranks.size == 1:
+        return found
+    values = torch.zeros(2, len(wanted), device=run.ranks.device)
+    for index, key in enumerate(wanted):
+        if key in found:
+            values[0, index], values[1, index] = found[key], 1.0
+    run.ranks.sum_tensors([values])
+    values = values.cpu()
+    return {key: values[0, index].clone() for index, key in enumerate(wanted) if values[1, index] > 0}
 
 
-def _computed(run: TrainingRun, model: PreTrainedModel | Scorer, key: str, rows: Sequence[Encoded]) -> Scores:
+def _computed(run: TrainingRun, scorer: Scorer, rows: Sequence[Encoded]) -> dict[bytes, Tensor]:
     context = run.context
 
     def at_batch(done: int, batches: int) -> None:
@@ -94,19 +115,17 @@ def _computed(run: TrainingRun, model: PreTrainedModel | Scorer, key: str, rows:
         if run.ranks.is_main:
             context.progress.update(run.state.step, run.plan.steps, f"reference pass, batch {done + 1} of {batches}")
 
-    with adapters_disabled(run.scorer.model) if model is run.scorer else nullcontext():
+    with adapters_disabled(scorer.model) if scorer is run.scorer else nullcontext():
         scores = score_rows(
-            model,
+            scorer,
             rows,
             tokens_per_batch=run.training.tokens_per_batch,
             device=run.ranks.device,
-            precision=run.scorer.precision,
+            precision=scorer.precision,
             ranks=run.ranks,
             at_batch=at_batch,
         )
-    if run.ranks.is_main:
-        save_scores(context.store, context.run_root, key, scores)
-    return scores
+    return totals_by_key(rows, scores)
 
 
 def _gap_at_start(run: TrainingRun, references: References) -> float:

@@ -1,104 +1,102 @@
-"""What the reference policy says of the rows: computed once when a stage starts, kept in storage, found by content."""
+"""What the reference policy says of every response: one number each, found by content."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
-from plumbline_trainer.data.encode import Encoded
-from plumbline_trainer.engine.packing import PackedBatch
+from plumbline_trainer.data.encode import Encoded, EncodedResponse
+from plumbline_trainer.engine.packing import PackedBatch, inputs_needed
 from plumbline_trainer.engine.scoring import Scores
-from plumbline_trainer.storage import uris
-from plumbline_trainer.storage.objects import ObjectStore
-
-FOLDER = "references"
 
 
-@dataclass(frozen=True)
-class ReferenceKey:
-    """What log-probabilities depend on besides the rows."""
-
-    weights: str
-    """Identity of the reference policy's weights."""
-    path: str
-    precision: str
-    numerics_version: int
-    split: str
-    """How the work was cut: budget and ranks; another cut may round differently."""
-
-    def digest(self, rows: Sequence[Encoded]) -> str:
-        """Name of the cache entry for these rows."""
-        state = hashlib.sha256(
-            json.dumps([self.weights, self.path, self.precision, self.numerics_version, self.split]).encode()
-        )
-        for row in rows:
-            state.update(row_key(row))
-        return state.hexdigest()
+def response_key(prompt: Sequence[int], response: EncodedResponse) -> bytes:
+    """Identity of a response for its score: the ids of prompt and response, and which of them are scored."""
+    state = hashlib.sha256(f"{len(prompt)}/{len(response.ids)}/".encode())
+    state.update(array("q", prompt).tobytes())
+    state.update(array("q", response.ids).tobytes())
+    state.update(bytes(response.mask))
+    return state.digest()
 
 
-def row_key(row: Encoded) -> bytes:
-    """Identity of a row for its scores: token ids and response masks."""
-    document = [row.prompt, [[response.ids, [int(bit) for bit in response.mask]] for response in row.responses]]
-    return hashlib.sha256(json.dumps(document, separators=(",", ":")).encode()).digest()
+def row_keys(row: Encoded) -> list[bytes]:
+    """Keys of a row's responses, in order."""
+    return [response_key(row.prompt, response) for response in row.responses]
 
 
 class References:
-    """Log-probabilities of responses under the reference policy."""
+    """Log-probabilities of responses under the reference policy, summed over their tokens."""
 
     def __init__(self, rows: Sequence[Encoded], scores: Scores) -> None:
-        self._totals = {
-            row_key(row): torch.stack([tokens.sum() for tokens in _scored_only(row, found)])
-            for row, found in zip(rows, scores, strict=True)
-        }
+        """Of scored rows."""
+        self._totals = totals_by_key(rows, scores)
 
-    def totals(self, batch: PackedBatch) -> Tensor:
-        """Sum over each answer of a batch, [answers]; 0 for rows of weight 0, which may be dummies.
+    @classmethod
+    def known(cls, totals: Mapping[bytes, Tensor]) -> References:
+        """Of totals that are there already, by `response_key`."""
+        found = cls([], [])
+        found._totals = dict(totals)
+        return found
+
+    def of(self, rows: Iterable[Encoded]) -> Tensor:
+        """Sum over each response of rows, [responses]; 0 for rows of weight 0, which may be dummies.
 
         Raises:
             KeyError: if a row was not scored.
         """
-        return torch.cat(
-            [torch.zeros(len(row.responses)) if row.weight == 0 else self._totals[row_key(row)] for row in batch.rows]
-        )
+        parts = [
+            torch.zeros(()) if row.weight == 0 else self._totals[key]
+            for row in rows
+            for key in (row_keys(row) if row.weight else [b""] * len(row.responses))
+        ]
+        return torch.stack(parts) if parts else torch.zeros(0)
+
+    def totals(self, batch: PackedBatch) -> Tensor:
+        """Sum over each answer of a batch, [answers], as `of` its rows."""
+        return self.of(batch.rows)
 
 
-def _scored_only(row: Encoded, scores: Sequence[Tensor]) -> list[Tensor]:
-    """The scored tokens, so that sums run over the same values in the same order as the policy's."""
-    return [
-        tokens[[index for index, scored in enumerate(response.mask) if scored and (index > 0 or row.prompt)]]
-        for response, tokens in zip(row.responses, scores, strict=True)
-    ]
+def totals_by_key(rows: Sequence[Encoded], scores: Scores) -> dict[bytes, Tensor]:
+    """Totals of scored rows. Sums run over the scored tokens alone, in the order in which the policy's do."""
+    found: dict[bytes, Tensor] = {}
+    for row, of_row in zip(rows, scores, strict=True):
+        for key, response, tokens in zip(row_keys(row), row.responses, of_row, strict=True):
+            places = [index for index, scored in enumerate(response.mask) if scored and (index > 0 or row.prompt)]
+            found[key] = tokens[places].sum()
+    return found
 
 
-def load_scores(store: ObjectStore, run_root: str, key: str, rows: Sequence[Encoded]) -> Scores | None:
-    """Scores kept under a key; None if there are none or they are damaged, and then they are computed again."""
-    place = uris.join(run_root, f"{FOLDER}/{key}")
-    try:
-        expected = store.get_bytes(f"{place}.sha256").decode().strip()
-        data = store.get_bytes(f"{place}.safetensors")
-        if hashlib.sha256(data).hexdigest() != expected:
-            return None
-        flat = load(data)["scores"]
-    except (FileNotFoundError, UnicodeDecodeError, SafetensorError, KeyError):
-        return None
-    sizes = [len(response.ids) for row in rows for response in row.responses]
-    if flat.shape != (sum(sizes),) or flat.dtype != torch.float32:
-        return None
-    parts = iter(flat.split(sizes))
-    return [[next(parts) for _ in row.responses] for row in rows]
+def by_prompt(rows: Iterable[Encoded], known: Iterable[bytes], budget: int) -> list[Encoded]:
+    """The responses of rows that are not known yet, each once, laid out so that one prompt serves many of them.
 
-
-def save_scores(store: ObjectStore, run_root: str, key: str, scores: Scores) -> None:
-    """Keep scores; the checksum is written last and makes them valid."""
-    place = uris.join(run_root, f"{FOLDER}/{key}")
-    parts = [tokens for row in scores for tokens in row]
-    data = save({"scores": torch.cat(parts) if parts else torch.zeros(0)})
-    store.put_bytes(f"{place}.safetensors", data)
-    store.put_bytes(f"{place}.sha256", hashlib.sha256(data).hexdigest().encode())
+    Args:
+        rows: In the order in which prompts come first.
+        known: Keys that need no score.
+        budget: A prompt with more answers than fit into so many tokens stands several times.
+    """
+    seen = set(known)
+    groups: dict[tuple[int, ...], list[Encoded]] = {}
+    for row in rows:
+        for key, response in zip(row_keys(row), row.responses, strict=True):
+            if key in seen:
+                continue
+            seen.add(key)
+            alone = Encoded(row.row_id, row.group, row.prompt, [response])
+            groups.setdefault(tuple(row.prompt), []).append(alone)
+    found: list[Encoded] = []
+    for prompt, items in groups.items():
+        length = budget + 1
+        for item in items:
+            needed = inputs_needed(item.responses[0])
+            # Without a prompt there is nothing to share.
+            if not prompt or length + needed > budget:
+                found.append(item)
+                length = len(prompt) + needed
+            else:
+                found[-1].responses.append(item.responses[0])
+                length += needed
+    return found

@@ -23,11 +23,13 @@ class StepPlan:
     global_batch: int
     steps: int
     """Optimizer steps in all."""
+    least: int = 1
+    """Rows that a step needs; a shorter rest of an epoch joins the step before it."""
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps of a whole epoch; the last one takes what is left."""
-        return math.ceil(len(self.row_ids) / self.global_batch)
+        return steps_per_epoch(len(self.row_ids), self.global_batch, self.least)
 
     def epoch(self, step: int) -> float:
         """Epochs done before a step."""
@@ -37,7 +39,8 @@ class StepPlan:
         """Indices of the rows of a step."""
         epoch, slot = divmod(step, self.steps_per_epoch)
         order = epoch_order(self.row_ids, self.seed, epoch)
-        return order[slot * self.global_batch : (slot + 1) * self.global_batch]
+        is_last = slot + 1 == self.steps_per_epoch
+        return order[slot * self.global_batch : None if is_last else (slot + 1) * self.global_batch]
 
     def visited(self) -> tuple[int, ...]:
         """Indices of all rows that some step takes, in order."""
@@ -47,16 +50,22 @@ class StepPlan:
         return tuple(sorted(seen))
 
 
+def steps_per_epoch(rows: int, global_batch: int, least: int = 1) -> int:
+    """Steps of an epoch: a rest of at least `least` rows is a step of its own."""
+    full, rest = divmod(rows, global_batch)
+    return max(1, full + (rest >= least))
+
+
 def plan_steps(
-    row_ids: Sequence[str], *, seed: int, global_batch: int, epochs: float, max_steps: int | None
+    row_ids: Sequence[str], *, seed: int, global_batch: int, epochs: float, max_steps: int | None, least: int = 1
 ) -> StepPlan:
-    """Plan a stage: ⌈epochs · steps per epoch⌉ steps, at most `max_steps`."""
-    per_epoch = math.ceil(len(row_ids) / global_batch)
+    """Plan a stage: ⌈epochs · steps per epoch⌉ steps, at most `max_steps`; each of at least `least` rows."""
+    per_epoch = steps_per_epoch(len(row_ids), global_batch, least)
     # The tolerance keeps 0.1 · 30 = 3.0000000000000004 from becoming four steps.
     steps = max(1, math.ceil(epochs * per_epoch - 1e-9))
     if max_steps is not None:
         steps = min(steps, max_steps)
-    return StepPlan(row_ids=tuple(row_ids), seed=seed, global_batch=global_batch, steps=steps)
+    return StepPlan(row_ids=tuple(row_ids), seed=seed, global_batch=global_batch, steps=steps, least=least)
 
 
 @lru_cache(maxsize=4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +12,7 @@ from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.data.encode import EncodedRows
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.models.adapters import adapter_of, attach_lora, save_adapter
-from plumbline_trainer.models.merging import LOST_PART_WARNING
+from plumbline_trainer.models.merging import LOST_PART_WARNING, stored_weights, weights_digest
 from plumbline_trainer.models.policy import Policy, digest_with, lost_part_advice, policy_meta
 from plumbline_trainer.models.saving import save_full
 
@@ -47,17 +46,12 @@ def make_trainable(policy: Policy, lora: Lora | None, seed: int) -> PreTrainedMo
 
 
 def policy_identity(policy: Policy) -> str:
-    """What a policy's weights are, for caches: base and adapters by digest."""
+    """What a policy's weights in memory are, by content alone, for caches: neither names nor places enter."""
     lineage = policy.lineage
-    return json.dumps(
-        [
-            lineage.base,
-            [step.manifest_digest for step in lineage.adapters],
-            lineage.merged_digest,
-            policy.storage_dtype,
-        ],
-        sort_keys=True,
-    )
+    content = lineage.merged_digest or lineage.base.get("digest") or lineage.base.get("manifestDigest")
+    if content is None:  # a model that nobody pinned
+        content = weights_digest(stored_weights(policy.model).items())
+    return f"{content}/{policy.storage_dtype}/{policy.precision}"
 
 
 def save_policy(

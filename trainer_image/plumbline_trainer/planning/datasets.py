@@ -14,6 +14,7 @@ from plumbline_api.record import ExternalInput
 from plumbline_api.stagerun import StageInput
 
 from plumbline_trainer.data.encode import Method, encode_rows
+from plumbline_trainer.data.labels import LabelCounts, count_labels
 from plumbline_trainer.data.loading import load_dataset
 from plumbline_trainer.data.rows import Row
 from plumbline_trainer.data.splits import SPLITS, split_of
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from plumbline_trainer.context import StageContext
     from plumbline_trainer.models.tokenizer import Tokenizer
 
-FINDINGS_VERSION = 1
+FINDINGS_VERSION = 2
 """Raised when the same rows would be found otherwise."""
 MEASURED_ROWS = 20_000
 """Rows whose tokens are counted at most; of more, evenly spread ones are taken."""
@@ -38,6 +39,14 @@ class SplitFindings:
     rows: int
     quantiles: list[int]
     """Tokens of a row (prompt and longest answer) at 0 %, 1 %, … 100 %; empty without rows."""
+    desirable: int = 0
+    """Answers that a label calls good; of a pair, the chosen one."""
+    undesirable: int = 0
+
+    @property
+    def labels(self) -> LabelCounts:
+        """Answers by label."""
+        return LabelCounts(self.desirable, self.undesirable)
 
     def percentile(self, share: int) -> int:
         """Tokens that so many percent of rows do not exceed."""
@@ -138,7 +147,9 @@ def _survey(context: StageContext, item: StageInput, tokenizer: Tokenizer) -> Da
     by_split: dict[str, list[Row]] = {name: [] for name in SPLITS}
     for row in parsed.rows:
         by_split[split_of(row, item.settings)].append(row)
-    method: Method = "preference" if parsed.format == "preference" else "completion"
+    method: Method = "completion"
+    if parsed.format in ("preference", "unpaired"):
+        method = "preference" if parsed.format == "preference" else "unpaired"
     splits, examples = {}, list[str]()
     for name, rows in by_split.items():
         lengths: list[int] = []
@@ -150,7 +161,8 @@ def _survey(context: StageContext, item: StageInput, tokenizer: Tokenizer) -> Da
                 len(row.prompt) + max((len(response.ids) for response in row.responses), default=0)
                 for row in encoded.rows
             )
-        splits[name] = SplitFindings(len(rows), quantiles(lengths))
+        labels = count_labels(response.label for row in rows for response in row.responses)
+        splits[name] = SplitFindings(len(rows), quantiles(lengths), labels.desirable, labels.undesirable)
     return DatasetFindings(
         name=item.name,
         format=parsed.format,

@@ -12,7 +12,7 @@ from plumbline_trainer.report.figures import Finding, find
 
 BUNDLED = {"bundled://smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Repositories from which bundled models come."""
-TRAINING_TYPES = ("pretrain", "sft", "dpo")
+TRAINING_TYPES = ("pretrain", "sft", "dpo", "kto")
 
 
 def write_card(facts: RunFacts) -> str:

@@ -35,6 +35,11 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("Chosen preferred to rejected", "rewardAccuracy", "evalRewardAccuracy", 0.5),
         Panel("Margin of the implicit reward", "rewardMargin", "evalRewardMargin", 0.0),
     ),
+    "kto": (
+        Panel("Loss", "loss", "evalLoss"),
+        Panel("Answers on their side of the reference point", "rewardAccuracy", "evalRewardAccuracy", 0.5),
+        Panel("Distance of the implicit reward from the reference point", "rewardMargin", "evalRewardMargin", 0.0),
+    ),
 }
 
 

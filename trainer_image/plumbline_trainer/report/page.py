@@ -264,8 +264,8 @@ _TRAINING_NUMBERS = (
     ("evalLossStart", "held-out loss at the start"),
     ("evalLoss", "held-out loss at the end"),
     ("loss", "training loss, last steps"),
-    ("rewardAccuracy", "chosen preferred, last steps"),
-    ("evalRewardAccuracy", "chosen preferred, held out"),
+    ("rewardAccuracy", "preferences met, last steps"),
+    ("evalRewardAccuracy", "preferences met, held out"),
     ("tokensPerSecond", "tokens per second"),
     ("lostPart", "part of the change lost by rounding"),
 )

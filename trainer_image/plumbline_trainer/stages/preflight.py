@@ -14,6 +14,7 @@ from plumbline_api.quantities import parse_quantity
 from plumbline_api.record import ExternalInput, RunRecord, StageRecord, fingerprints
 from plumbline_api.stagerun import PreflightFindings
 from plumbline_api.stages import STAGE_TYPES, SUITE_FORMATS
+from plumbline_api.training import Kto
 
 from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.data.loading import split_remedy
@@ -168,6 +169,15 @@ def check_stages(record: RunRecord, datasets: dict[str, DatasetFindings]) -> Non
                     f'{field_path}: "{found.name}" has no rows in its {split} split ({found.rows:,} rows: {there}). '
                     f"{split_remedy(split)}"
                 )
+            if stage.type == "kto":
+                if (fault := found.splits[split].labels.one_sided) is not None:
+                    raise InputError(f'{field_path}: "{found.name}" {fault}')
+                for part in ("train", "evaluation"):
+                    if found.splits[part].rows == 1:
+                        raise InputError(
+                            f'{field_path}: "{found.name}" has one row in its {part} split; kto compares rows with '
+                            "each other. Add rows, or change datasets[].split"
+                        )
 
 
 def _need(stage: StageRecord, index: int, role: str) -> tuple[str, frozenset[str], Split, str]:
@@ -228,11 +238,18 @@ def notes(record: RunRecord, found: Findings) -> list[str]:
         need = found.estimates[stage.name].memory
         if memory is not None and need is not None and stage.resources.gpus_per_node and need > parse_quantity(memory):
             said.append(f"{stage.name} is estimated to need {shown_bytes(need)} per accelerator, which has {memory}")
+        for _, source in _dataset_inputs(record, stage) if stage.type == "kto" else ():
+            parameters = Kto.model_validate({key: value for key, value in stage.parameters.items() if key != "seed"})
+            labels = found.datasets[source.name.removeprefix("dataset/")].splits["train"].labels
+            if (advice := labels.advice(parameters)) is not None:
+                said.append(f"{stage.name}: {advice}")
     for item in found.datasets.values():
         splits = ", ".join(f"{part.rows:,} {name}" for name, part in item.splits.items() if part.rows)
         bad = f", {item.bad:,} bad rows skipped" if item.bad else ""
         same = f", {item.equal_pairs:,} pairs with equal answers" if item.equal_pairs else ""
-        said.append(f"{item.name}: {item.format}, {item.rows:,} rows ({splits}){bad}{same}")
+        good = sum(part.desirable for part in item.splits.values())
+        liked = f", {good:,} desirable" if item.format == "unpaired" else ""
+        said.append(f"{item.name}: {item.format}, {item.rows:,} rows ({splits}){liked}{bad}{same}")
     hours = [found.estimates[stage.name].gpu_hours for stage in record.stages if not found.hits[stage.name].found]
     known = [value for value in hours if value is not None]
     if any(stage.resources.gpus_per_node for stage in record.stages):

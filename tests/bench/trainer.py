@@ -1,0 +1,200 @@
+"""`make bench-trainer`: our training engine and trl side by side, in alternating runs of processes of their own.
+
+    python -m tests.bench.trainer --methods dpo --profiles even --rows 48 --runs 3
+
+The table goes into docs/benchmarks.md; `--dry` prints it only. What is the same on both sides: model, rows of every
+optimizer step, precision, LoRA targets and rank, threads, optimizer, logging. trl runs at its defaults (gradient
+checkpointing, device batches of 8, the reference computed in every step) and at its best settings (no checkpointing, a
+precomputed reference, the device batch that a short trial finds fastest).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+for name in ("tests", "trainer_image", "operator"):
+    sys.path.insert(0, str(ROOT / name))
+
+from bench import page  # noqa: E402  (the folders above are on the path only now)
+from bench.trainer_rows import METHODS, PROFILES  # noqa: E402
+from bench.trainer_side import Measured, Task  # noqa: E402
+from plumbline_api.training import Training  # noqa: E402
+
+SIDES = ("ours", "trl", "trl-default")
+TRL_DEFAULT_BATCH = 8
+MIB = 2**20
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure what was asked for and publish it."""
+    options = _options().parse_args(arguments)
+    rows: list[dict[str, str]] = []
+    with tempfile.TemporaryDirectory() as place:
+        model = options.model or _bundled(Path(place) / "model")
+        cases = [(method, profile) for method in options.methods for profile in options.profiles]
+        rows += [_compare(method, profile, str(model), options) for method, profile in cases]
+    how = (
+        f"`make bench-trainer` (tests/bench/trainer.py): our engine and trl 1.16.0 in processes of their own, {options.runs} "
+        f"runs each in turn. {options.rows} rows, {options.batch} per optimizer step, LoRA of rank 16 on all linear "
+        f"layers, {options.precision}, {options.threads} threads; ours with tokensPerBatch {options.tokens_per_batch}. "
+        f"The reference pass counts whole, the first {options.left_out} steps do not."
+    )
+    load = os.getloadavg()[2]
+    text = page.section(
+        "Training against trl",
+        how,
+        rows,
+        ("torch", "transformers", "trl", "peft", "accelerate"),
+        "`kto` is on unpaired rows, `kto-pairs` on preference rows (rows/s are pairs/s). Speeds are medians, ratios medians over paired runs. *Best* is trl without checkpointing, with a precomputed "
+        "reference and the device batch in brackets; *default* as trl comes, at the same precision and optimizer step. "
+        "The FLOP bound is the ratio of floating-point operations that the two ways ask for (padding, repeated prompts, "
+        "head at every position): what the speed-up against best would be at equal use of the machine. Memory is the "
+        "resident peak, and in brackets what of it lies above imports and weights.",
+        f"Load average of the machine at the end: {load:.1f} on {os.cpu_count()} cores of {_processor()}.",
+    )
+    sys.stdout.write(text + "\n")
+    if not options.dry:
+        page.replace("trainer", text)
+    return 0
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.trainer", description=__doc__)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--profiles", nargs="+", default=list(PROFILES), choices=list(PROFILES))
+    parser.add_argument("--rows", type=int, default=64, help="rows of each run")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each side")
+    parser.add_argument("--batch", type=int, default=16, help="rows of an optimizer step")
+    parser.add_argument("--left-out", type=int, default=1, help="first steps that are not counted")
+    parser.add_argument("--tokens-per-batch", type=int, default=Training().tokens_per_batch)
+    parser.add_argument("--sweep", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="device batches tried with trl")
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
+    parser.add_argument("--model", help="a model folder; absent: bundled://smollm2-135m-instruct")
+    parser.add_argument("--dry", action="store_true", help="print the table, leave the page alone")
+    return parser
+
+
+def _bundled(folder: Path) -> Path:
+    """The bundled model as a folder that both sides load."""
+    from plumbline_trainer.data.sources import bundled_model
+    from plumbline_trainer.models.loading import load_base
+    from plumbline_trainer.models.saving import save_full
+
+    model, tokenizer = load_base(bundled_model("bundled://smollm2-135m-instruct"), "float32")
+    save_full(model, tokenizer, folder, "float32")
+    return folder
+
+
+def _compare(method: str, profile: str, model: str, options: argparse.Namespace) -> dict[str, str]:
+    task = Task(
+        side="ours",
+        method=method,
+        profile=profile,
+        model=model,
+        rows=options.rows,
+        global_batch=options.batch,
+        tokens_per_batch=options.tokens_per_batch,
+        batch=min(TRL_DEFAULT_BATCH, options.batch),
+        precision=options.precision,
+        threads=options.threads,
+        left_out=options.left_out,
+    )
+    best = _best_batch(task, options) if "trl" in options.sides else task.batch
+    found: dict[str, list[Measured]] = {side: [] for side in options.sides}
+    for _ in range(options.runs):
+        for side in options.sides:
+            found[side].append(_run(replace(task, side=side, batch=best if side == "trl" else task.batch)))
+    return _row(method, profile, best, found)
+
+
+def _best_batch(task: Task, options: argparse.Namespace) -> int:
+    """The device batch with which trl takes a step fastest: one short run each, larger ones until they stop helping."""
+    speeds: dict[int, float] = {}
+    for batch in sorted(size for size in options.sweep if task.answers_per_step % size == 0):
+        trial = replace(task, side="trl", batch=batch, rows=min(task.rows, 2 * task.global_batch))
+        speeds[batch] = _run(trial).rows_per_second
+    return max(speeds, key=lambda size: speeds[size])
+
+
+def _run(task: Task) -> Measured:
+    paths = os.pathsep.join(str(ROOT / name) for name in ("operator", "trainer_image", "tests"))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "OMP_NUM_THREADS": str(task.threads),
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+    }
+    ended = subprocess.run(
+        [sys.executable, "-m", "bench.trainer_side", json.dumps(asdict(task))],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if ended.returncode != 0:
+        raise SystemExit(f"{task} failed:\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}")
+    measured = Measured(**json.loads(ended.stdout.strip().splitlines()[-1]))
+    sys.stderr.write(
+        f"{task.side:12} {task.method} {task.profile} batch {task.batch}: {measured.rows_per_second:.3f} rows/s, "
+        f"peak {measured.peak_bytes / MIB:.0f} MiB, losses {[round(loss, 4) for loss in measured.losses]}\n"
+    )
+    return measured
+
+
+def _row(method: str, profile: str, batch: int, found: dict[str, list[Measured]]) -> dict[str, str]:
+    ours = found.get("ours", [])
+    row = {"method": method, "profile": profile, "ours (rows/s)": _speed(ours)}
+    row["trl best (rows/s)"] = f"{_speed(found['trl'])} ({batch})" if "trl" in found else ""
+    row["trl default (rows/s)"] = _speed(found.get("trl-default", []))
+    for side, label in (("trl", "× best"), ("trl-default", "× default")):
+        pairs = zip(ours, found.get(side, []), strict=False)
+        ratios = [one.rows_per_second / other.rows_per_second for one, other in pairs]
+        row[label] = f"{statistics.median(ratios):.2f}" if ratios else ""
+    if ours and found.get("trl"):
+        row["FLOP bound"] = f"{found['trl'][0].operations / ours[0].operations:.2f}"
+    row["ours (tokens/s)"] = f"{statistics.median(m.tokens_per_second for m in ours):.0f}" if ours else ""
+    for side, label in (("ours", "ours"), ("trl", "trl best"), ("trl-default", "trl default")):
+        row[f"memory {label} (MiB)"] = _memory(found.get(side, []))
+    if ours and found.get("trl"):
+        row["memory, ours ÷ best"] = (
+            f"{_peak(ours) / _peak(found['trl']):.2f} ({_above(ours) / _above(found['trl']):.2f})"
+        )
+    return row
+
+
+def _speed(runs: list[Measured]) -> str:
+    return f"{statistics.median(run.rows_per_second for run in runs):.3f}" if runs else ""
+
+
+def _peak(runs: list[Measured]) -> float:
+    return statistics.median(run.peak_bytes for run in runs)
+
+
+def _above(runs: list[Measured]) -> float:
+    return statistics.median(run.peak_bytes - run.base_bytes for run in runs)
+
+
+def _memory(runs: list[Measured]) -> str:
+    return f"{_peak(runs) / MIB:.0f} ({_above(runs) / MIB:.0f})" if runs else ""
+
+
+def _processor() -> str:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0].partition(":")[2].strip() if names else "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,127 @@
+"""The rows of `make bench-trainer`: committed lengths, random ids, and how much arithmetic they ask for."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from plumbline_trainer.data.encode import Encoded, EncodedResponse
+from plumbline_trainer.engine.packing import packed_length
+from plumbline_trainer.engine.references import by_prompt
+from plumbline_trainer.engine.unpaired import mismatched_rows
+
+PROFILES: dict[str, list[list[int]]] = json.loads((Path(__file__).parent / "profiles.json").read_text())
+"""Name → tokens of prompt, chosen and rejected answer of each row. Drawn once from log-normal distributions, then
+committed; changing them needs an ADR."""
+METHODS = ("sft", "dpo", "kto", "kto-pairs")
+"""`kto` on unpaired rows, `kto-pairs` on preference rows: both are the stage `kto`."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What arithmetic depends on."""
+
+    layers: int
+    linear: int
+    """Weights of all linear layers of the blocks."""
+    head: int
+    """Weights of the output head."""
+    width: int
+    """Heads × size of a head: attention costs 2 · 2 · width per visible pair and layer."""
+    adapter: int
+    """Weights of the adapter."""
+
+
+def make_rows(method: str, profile: str, count: int, vocabulary: int) -> list[Encoded]:
+    """The first rows of a profile as a method takes them."""
+    rng = random.Random(f"{profile}/ids")
+    lengths = PROFILES[profile]
+    if count > len(lengths):
+        raise SystemExit(f"profile {profile} has {len(lengths)} rows, {count} were asked for")
+    low = min(100, vocabulary // 2)
+
+    def ids(length: int) -> list[int]:
+        return [rng.randrange(low, vocabulary) for _ in range(length)]
+
+    def answer(length: int, role: Literal["completion", "chosen", "rejected"]) -> EncodedResponse:
+        return EncodedResponse(ids(length), [True] * length, role)
+
+    rows = []
+    for number, (prompt, chosen, rejected) in enumerate(lengths[:count]):
+        first, good, bad = ids(prompt), answer(chosen, "chosen"), answer(rejected, "rejected")
+        liked, disliked = replace(good, role="desirable"), replace(bad, role="undesirable")
+        responses = {
+            "sft": [replace(good, role="completion")],
+            "dpo": [good, bad],
+            "kto": [[liked, disliked][number % 2]],
+            "kto-pairs": [liked, disliked],
+        }[method]
+        rows.append(Encoded(f"{profile}/{number}", f"{number}", first, responses))
+    return rows
+
+
+def shape_of(model: Any, adapter: int) -> Shape:
+    """The shape of a causal language model."""
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    linear = sum(module.weight.numel() for module in model.model.layers.modules() if hasattr(module, "in_features"))
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Shape(config.num_hidden_layers, linear, head.weight.numel(), config.num_attention_heads * size, adapter)
+
+
+def our_operations(shape: Shape, steps: Sequence[Sequence[Encoded]], method: str, max_length: int) -> float:
+    """Floating-point operations without padding, each prompt once, the head at scored tokens only."""
+    rows = [row for step in steps for row in step]
+    if method == "sft":
+        return _packed(shape, rows, trained=True)
+    further = [row for step in steps for row in mismatched_rows(step, max_length)] if method.startswith("kto") else []
+    reference = by_prompt([*rows, *further], [], 2**30)
+    return _packed(shape, rows, trained=True) + sum(
+        _packed(shape, part, trained=False) for part in (reference, further)
+    )
+
+
+def their_operations(shape: Shape, rows: Sequence[Encoded], method: str, batch: int) -> float:
+    """The same for every answer with a prompt of its own, padded to the longest of its device batch."""
+    # trl's DPO counts pairs in a device batch, its KTO answers.
+    size = 2 * batch if method == "dpo" else batch
+    answers = [(len(row.prompt), len(response.ids)) for row in rows for response in row.responses]
+    total = 0.0
+    for start in range(0, len(answers), size):
+        part = answers[start : start + size]
+        own = [prompt + answer for prompt, answer in part]
+        total += _padded(shape, own, trained=True)
+        if method != "sft":
+            total += _padded(shape, own, trained=False)
+        if method.startswith("kto"):
+            others = [prompt + part[index - 1][1] for index, (prompt, _) in enumerate(part)]
+            total += 2 * _padded(shape, others, trained=False)
+    return total
+
+
+def _packed(shape: Shape, rows: Sequence[Encoded], *, trained: bool) -> float:
+    tokens = sum(packed_length(row) for row in rows)
+    scored = sum(sum(response.mask) for row in rows for response in row.responses)
+    pairs = sum(
+        len(row.prompt) ** 2 / 2 + sum(len(r.ids) * (len(row.prompt) + len(r.ids) / 2) for r in row.responses)
+        for row in rows
+    )
+    # Our head keeps its derivative in the forward pass: two products in all.
+    return _pass(shape, tokens, pairs, 2.0 * shape.head * scored, products=2, trained=trained)
+
+
+def _padded(shape: Shape, lengths: Sequence[int], *, trained: bool) -> float:
+    longest = max(lengths)
+    tokens = longest * len(lengths)
+    # trl 1.16 on a CPU takes the head at every position, and computes its logits again in the backward pass.
+    return _pass(shape, tokens, longest**2 / 2 * len(lengths), 2.0 * shape.head * tokens, products=3, trained=trained)
+
+
+def _pass(shape: Shape, tokens: int, pairs: float, head: float, *, products: int, trained: bool) -> float:
+    """A backward pass through frozen weights costs as much as the forward pass, plus the adapter's own gradients."""
+    forward = 2.0 * (shape.linear + shape.adapter) * tokens + 4.0 * shape.width * shape.layers * pairs
+    return 2 * forward + 2.0 * shape.adapter * tokens + products * head if trained else forward + head

@@ -1,0 +1,312 @@
+"""One measured run of `make bench-trainer`, in a process of its own: our engine or trl on the same rows.
+
+`python -m bench.trainer_side '{…}'` prints one line of JSON. Both sides load the same folder, train the same adapter on
+the same ids in the same order, and are timed alike: the reference pass whole, then every step from the end of the one
+before it to its own end, without the first ones.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench.trainer_rows import make_rows, our_operations, shape_of, their_operations
+from plumbline_api.training import Kto, Lora, Training
+from plumbline_trainer.data.encode import Encoded
+from plumbline_trainer.engine.objective import row_tokens
+from plumbline_trainer.engine.schedule import plan_steps
+from plumbline_trainer.models.adapters import linear_modules
+
+CPU = torch.device("cpu")
+LORA = Lora(rank=16, alpha=32)
+SEED = 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to measure."""
+
+    side: str
+    """`ours`, `trl` (its best settings) or `trl-default`."""
+    method: str
+    profile: str
+    model: str
+    """Folder in Hugging Face layout."""
+    rows: int
+    global_batch: int
+    tokens_per_batch: int
+    batch: int
+    """Rows of trl's device batch."""
+    precision: str
+    threads: int
+    left_out: int
+    """First steps that are not counted."""
+
+    @property
+    def stage(self) -> str:
+        """Stage type."""
+        return self.method.partition("-")[0]
+
+    @property
+    def answers_per_step(self) -> int:
+        """What trl counts in an optimizer step: pairs for DPO, answers for KTO."""
+        return self.global_batch * (2 if self.method == "kto-pairs" else 1)
+
+
+@dataclass
+class Measured:
+    """What one run took."""
+
+    rows_per_second: float
+    tokens_per_second: float
+    """Tokens of the rows, each prompt once: the same count on both sides."""
+    reference_seconds: float
+    step_seconds: list[float]
+    peak_bytes: int
+    base_bytes: int
+    """Resident after imports and weights."""
+    operations: float
+    """Of the whole run, reference pass included."""
+    losses: list[float]
+
+
+class Clock:
+    """Ends of steps, and memory from the moment the model is loaded."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        self.base = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        self.reference = 0.0
+        self.marks: list[float] = []
+
+    def mark(self) -> None:
+        self.marks.append(time.perf_counter())
+
+    def result(self, task: Task, rows: list[Encoded], operations: float, losses: list[float]) -> Measured:
+        steps = [end - start for start, end in zip(self.marks, self.marks[1:], strict=False)]
+        counted = rows[task.left_out * task.global_batch :]
+        seconds = self.reference / len(rows) + sum(steps[task.left_out :]) / len(counted)
+        tokens = sum(row_tokens(row) for row in rows) / len(rows)
+        return Measured(
+            1 / seconds, tokens / seconds, self.reference, steps, _status("VmHWM"), self.base, operations, losses
+        )
+
+
+def _status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+def training_of(task: Task) -> Training:
+    """The same optimisation on both sides; everything else is the stage's default."""
+    return Training(
+        learning_rate=1e-4,
+        global_batch=task.global_batch,
+        tokens_per_batch=task.tokens_per_batch,
+        precision=task.precision,  # type: ignore[arg-type]
+    )
+
+
+def in_order(task: Task, vocabulary: int) -> tuple[list[Encoded], Any]:
+    """The rows as our steps take them, and the plan."""
+    rows = make_rows(task.method, task.profile, task.rows, vocabulary)
+    plan = plan_steps([row.row_id for row in rows], seed=SEED, global_batch=task.global_batch, epochs=1, max_steps=None)
+    if task.rows % task.global_batch:
+        raise SystemExit(f"{task.rows} rows are no whole number of steps of {task.global_batch}")
+    return [rows[index] for step in range(plan.steps) for index in plan.rows(step)], plan
+
+
+def measure_ours(task: Task) -> Measured:
+    """The stage's own lines, with ready rows in place of a dataset."""
+    from plumbline_trainer.engine.distributed import Ranks
+    from plumbline_trainer.engine.loop import TrainingRun
+    from plumbline_trainer.engine.objective import PairPreference, TokenLikelihood
+    from plumbline_trainer.engine.reference_pass import find_references
+    from plumbline_trainer.engine.scorer import Scorer, prepare_modes
+    from plumbline_trainer.engine.scoring import score_rows
+    from plumbline_trainer.engine.trained import make_trainable
+    from plumbline_trainer.engine.unpaired import DesirableAnswers, mismatched_rows
+    from plumbline_trainer.models.policy import load_policy
+    from support.trainer import base_model, stage_context, stage_run
+
+    with tempfile.TemporaryDirectory() as place:
+        folder, training = Path(place), training_of(task)
+        context = stage_context(folder, stage_run(folder, task.stage, inputs=[base_model(Path(task.model).as_uri())]))
+        losses: list[float] = []
+        context.progress.update = lambda *_, metrics=None, **__: (  # type: ignore[method-assign]
+            losses.append(metrics["loss"]) if metrics and "loss" in metrics else None
+        )
+        policy = load_policy(context, context.input("model"), precision=task.precision, device="cpu")
+        ordered, plan = in_order(task, policy.model.config.get_text_config().vocab_size)
+        clock = Clock()
+        scorer = Scorer(make_trainable(policy, LORA, SEED), precision=task.precision)
+        by_id = {row.row_id: row for row in ordered}
+        run = TrainingRun(context, Ranks(), scorer, plan, [by_id[name] for name in plan.row_ids], training)
+        started = time.perf_counter()
+        objective: Any = TokenLikelihood()
+        steps = [ordered[at : at + task.global_batch] for at in range(0, len(ordered), task.global_batch)]
+        if task.method == "dpo":
+            objective = PairPreference(find_references(run, policy, []), beta=0.1)
+        elif task.stage == "kto":
+            further = [row for step in steps for row in mismatched_rows(step, training.max_length)]
+            score = partial(
+                score_rows, scorer, tokens_per_batch=task.tokens_per_batch, device=CPU, precision=task.precision
+            )
+            settings = Kto.model_validate({"dataset": "rows", "training": training.to_wire()})
+            objective = DesirableAnswers(find_references(run, policy, [], further), score, settings)
+        clock.reference = time.perf_counter() - started if task.method != "sft" else 0.0
+        prepare_modes(scorer, adapter_dropout=False, gradient_checkpointing=False)
+        real = run._take_step
+
+        def taken(objective: Any) -> None:
+            real(objective)
+            clock.mark()
+
+        run._take_step = taken  # type: ignore[method-assign]
+        clock.mark()
+        run.train(objective, [])
+        if run.state.path != "fast":
+            raise RuntimeError("the fast path was not taken; nothing to publish")
+        adapter = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+        operations = our_operations(shape_of(policy.model, adapter), steps, task.method, training.max_length)
+        return clock.result(task, ordered, operations, losses)
+
+
+def measure_trl(task: Task) -> Measured:
+    """trl's trainer on the same ids in the same order; only its tokenisation is left out."""
+    import datasets
+    import peft
+    import transformers
+    import trl
+    from torch.utils.data import SequentialSampler
+
+    assert trl.__version__ == "1.16.0", f"the peer is pinned to trl 1.16.0, this is {trl.__version__}"
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[task.precision]
+    model = transformers.AutoModelForCausalLM.from_pretrained(task.model, dtype=dtype)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(task.model)
+    ordered, _ = in_order(task, model.config.get_text_config().vocab_size)
+    targets = sorted(linear_modules(model))
+    shape_model = model
+    clock = Clock()
+
+    class Ends(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            clock.mark()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.mark()
+
+    best = task.side == "trl"
+    arguments: dict[str, Any] = {
+        "output_dir": tempfile.mkdtemp(),
+        "use_cpu": True,
+        "bf16": task.precision == "bfloat16",
+        "per_device_train_batch_size": task.batch,
+        "gradient_accumulation_steps": task.answers_per_step // task.batch,
+        "learning_rate": 1e-4,
+        "num_train_epochs": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "logging_steps": 1,
+    }
+    if best:
+        arguments["gradient_checkpointing"] = False
+    adapter = peft.LoraConfig(
+        r=LORA.rank, lora_alpha=32, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    with tempfile.TemporaryDirectory() as place:
+        kinds = {
+            "sft": (trl.SFTTrainer, trl.SFTConfig),
+            "dpo": (trl.DPOTrainer, trl.DPOConfig),
+            "kto": (trl.KTOTrainer, trl.KTOConfig),
+        }
+        parent, config = kinds[task.stage]
+        if task.method == "sft":
+            arguments["dataset_kwargs"] = {"skip_prepare_dataset": True}
+        elif best:
+            arguments["precompute_ref_log_probs"] = True
+
+        class Ready(parent):  # type: ignore[misc, valid-type]
+            def _prepare_dataset(self, dataset: Any, *others: Any, **named: Any) -> Any:
+                return super()._prepare_dataset(dataset, *others, **named) if task.method == "sft" else dataset
+
+            def _precompute_ref_logps(self, *others: Any, **named: Any) -> Any:
+                started = time.perf_counter()
+                found = super()._precompute_ref_logps(*others, **named)
+                clock.reference += time.perf_counter() - started
+                return found
+
+            def _get_train_sampler(self, dataset: Any = None) -> Any:
+                return SequentialSampler(dataset or self.train_dataset)
+
+        data = datasets.Dataset.from_list(_peer_rows(task, ordered))
+        # An empty cache: trl keeps reference values beside the dataset's file.
+        data.save_to_disk(place)
+        trainer = Ready(
+            model,
+            args=config(**arguments),
+            train_dataset=datasets.load_from_disk(place),
+            processing_class=tokenizer,
+            peft_config=adapter,
+            callbacks=[Ends()],
+        )
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        operations = their_operations(shape_of(shape_model, count), ordered, task.method, task.batch)
+        return clock.result(task, ordered, operations, losses)
+
+
+def _peer_rows(task: Task, rows: list[Encoded]) -> list[dict[str, Any]]:
+    if task.method == "sft":
+        answers = [(row, row.responses[0]) for row in rows]
+        return [
+            {"input_ids": [*row.prompt, *own.ids], "labels": [-100] * len(row.prompt) + list(own.ids)}
+            for row, own in answers
+        ]
+    if task.method == "dpo":
+        return [
+            {
+                "prompt_ids": row.prompt,
+                "chosen_ids": row.responses[0].ids,
+                "rejected_ids": row.responses[1].ids,
+                "prompt": "",
+                "chosen": "",
+                "rejected": "",
+            }
+            for row in rows
+        ]
+    found = [
+        {"prompt_ids": row.prompt, "completion_ids": item.ids, "label": item.role == "desirable"}
+        for row in rows
+        for item in row.responses
+    ]
+    for start in range(0, len(found), task.batch):  # trl's own rotation within each device batch
+        part = found[start : start + task.batch]
+        ids = [row["completion_ids"] for row in part]
+        for index, row in enumerate(part):
+            row["KL_completion_ids"] = ids[index - 1]
+    return found
+
+
+def main(text: str) -> None:
+    """Measure and print."""
+    task = Task(**json.loads(text))
+    torch.set_num_threads(task.threads)
+    found = measure_ours(task) if task.side == "ours" else measure_trl(task)
+    sys.stdout.write("\n" + json.dumps(asdict(found)) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
