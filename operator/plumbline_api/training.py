@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic.alias_generators import to_camel
 
 from plumbline_api.base import Contract, Name
 
@@ -28,13 +29,55 @@ class Lora(Contract):
     """Names (suffixes) of the linear layers to adapt. Absent: every linear layer but the output head."""
 
 
+SCHEDULE_FIELDS: dict[str, tuple[str, ...]] = {
+    "constant": (),
+    "linear": ("final_ratio",),
+    "cosine": ("final_ratio",),
+    "cosineRestarts": ("final_ratio", "cycles"),
+    "step": ("every_steps", "at", "factor"),
+    "polynomial": ("final_ratio", "power"),
+    "inverseSquareRoot": (),
+}
+"""Fields that belong to some shapes only."""
+
+
 class Schedule(Contract):
     """How the learning rate moves over the steps."""
 
-    type: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape after the warm-up: constant, linear to zero, or half a cosine to zero."""
+    type: Literal["constant", "linear", "cosine", "cosineRestarts", "step", "polynomial", "inverseSquareRoot"] = (
+        "linear"
+    )
+    """Shape after the warm-up."""
     warmup_ratio: Share = 0.03
     """Share of all steps in which the rate rises linearly from zero."""
+    warmup_steps: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    """Steps of the warm-up, instead of warmupRatio."""
+    final_ratio: Share | None = None
+    """linear, cosine, cosineRestarts, polynomial: where the rate ends, as a share of the peak. Absent: 0."""
+    cycles: Annotated[int, Field(ge=1, le=10000)] | None = None
+    """cosineRestarts: how often the rate runs down. Absent: 2."""
+    every_steps: PositiveInt | None = None
+    """step: multiply the rate by factor every so many steps after the warm-up."""
+    at: Annotated[list[Share], Field(min_length=1, max_length=64)] | None = None
+    """step: shares of all steps at which the rate is multiplied by factor, instead of everySteps."""
+    factor: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """step: the factor. Absent: 0.1."""
+    power: Annotated[float, Field(gt=0, le=100)] | None = None
+    """polynomial: power of the share of steps that are left. Absent: 1."""
+
+    @model_validator(mode="after")
+    def _fits_its_type(self) -> Self:
+        mine = SCHEDULE_FIELDS[self.type]
+        for name in dict.fromkeys(field for fields in SCHEDULE_FIELDS.values() for field in fields):
+            if getattr(self, name) is not None and name not in mine:
+                owners = [kind for kind, fields in SCHEDULE_FIELDS.items() if name in fields]
+                raise ValueError(
+                    f"{to_camel(name)} belongs to type {' or '.join(owners)}, not to {self.type}; leave it out or "
+                    "change type"
+                )
+        if self.type == "step" and (self.every_steps is None) == (self.at is None):
+            raise ValueError("type step needs either everySteps or at (shares of all steps), not both")
+        return self
 
 
 class Training(Contract):

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from plumbline_api.training import Training
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
 
 from plumbline_trainer.engine.distributed import Ranks
+from plumbline_trainer.engine.learning_rate import make_schedule
 from plumbline_trainer.errors import InputError
 
-SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -61,12 +59,7 @@ class Optimizer:
             eps=training.adam_epsilon,
             fused=True,
         )
-        self.schedule: LRScheduler = get_scheduler(
-            SCHEDULES[training.schedule.type],
-            self.adamw,
-            num_warmup_steps=math.ceil(training.schedule.warmup_ratio * steps),
-            num_training_steps=steps,
-        )
+        self.schedule = make_schedule(training.schedule, self.adamw, steps)
 
     @property
     def learning_rate(self) -> float:
