@@ -80,6 +80,34 @@ class Schedule(Contract):
         return self
 
 
+class EarlyStopping(Contract):
+    """Stop when a held-out figure no longer improves."""
+
+    metric: Annotated[str, Field(pattern="^eval[A-Z][A-Za-z]*$", max_length=64)] = "evalLoss"
+    """Figure of the evaluations, such as evalLoss or evalRewardAccuracy."""
+    patience: Annotated[int, Field(ge=1, le=10000)] = 3
+    """Evaluations in a row without an improvement after which the stage stops."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """Least change that counts as an improvement."""
+    mode: Literal["min", "max"] | None = None
+    """Whether less or more is better. Absent: min for losses, max for accuracies and margins."""
+
+    @model_validator(mode="after")
+    def _has_a_direction(self) -> Self:
+        if self.direction is None:
+            raise ValueError(f"mode is needed: whether less (min) or more (max) of {self.metric} is better")
+        return self
+
+    @property
+    def direction(self) -> Literal["min", "max"] | None:
+        """`min` or `max`; None where neither the field nor the metric's name says."""
+        if self.mode is not None:
+            return self.mode
+        if self.metric.endswith("Loss"):
+            return "min"
+        return "max" if self.metric.endswith(("Accuracy", "Margin")) else None
+
+
 class Training(Contract):
     """Optimisation parameters. AdamW with decoupled weight decay; trainable weights and their state are float32."""
 
@@ -115,6 +143,26 @@ class Training(Contract):
     """Optimizer steps between two checkpoints in storage."""
     evaluate_every_steps: PositiveInt | None = None
     """Optimizer steps between two evaluations on the evaluation split. Absent: at the start and the end only."""
+    early_stopping: EarlyStopping | None = None
+    """Stop when a held-out figure no longer improves."""
+    select_best: bool | None = None
+    """Yield the weights of the best evaluation, not the last ones. Absent: with earlyStopping only."""
+
+    @property
+    def selects_best(self) -> bool:
+        """Whether the output is the best evaluation's weights."""
+        return self.early_stopping is not None if self.select_best is None else self.select_best
+
+    @property
+    def needs_evaluation(self) -> str | None:
+        """The field that cannot do without an evaluation split, if one is set."""
+        return "earlyStopping" if self.early_stopping is not None else "selectBest" if self.selects_best else None
+
+    @model_validator(mode="after")
+    def _evaluates_where_it_must(self) -> Self:
+        if self.needs_evaluation is not None and self.evaluate_every_steps is None:
+            raise ValueError(f"{self.needs_evaluation} compares evaluations on the way; set evaluateEverySteps as well")
+        return self
 
 
 class TrainingStage(Contract):

@@ -19,6 +19,7 @@ from plumbline_trainer.engine.packing import PackedBatch, pack, packed_length
 from plumbline_trainer.engine.pathcheck import choose_path
 from plumbline_trainer.engine.schedule import StepPlan, cut_step, fill_batches, random_key
 from plumbline_trainer.engine.scorer import Scorer
+from plumbline_trainer.engine.selection import Selection
 from plumbline_trainer.engine.state import TrainingState, read_progress, read_state, write_state
 from plumbline_trainer.errors import InputError, Interrupted
 from plumbline_trainer.storage.checkpoints import (
@@ -63,6 +64,7 @@ class TrainingRun:
         if not ranks.same(found.step if found is not None else -1):
             raise RuntimeError("ranks found different checkpoints; the next attempt reads them again")
         self.state = TrainingState() if found is None else read_progress(found.folder)
+        self.selection = Selection(training, self.state, context.scratch / "selected")
         self.first_step = self.state.step
         self.tokens_here = 0
         """Tokens of this attempt."""
@@ -91,24 +93,40 @@ class TrainingRun:
         """Take up weights, moments and schedule of the checkpoint, if there is one."""
         if self._checkpoint is not None:
             read_state(self._checkpoint.folder, self.trainables, self.optimizer)
+            if self.ranks.is_main:
+                self.selection.take_from(self._checkpoint.folder)
 
     def train(self, objective: Objective, held_out: Sequence[Encoded]) -> None:
         """Take all steps that are left, evaluate, write checkpoints.
 
         Raises:
             Interrupted: on SIGTERM, once a checkpoint is committed.
-            InputError: if the loss or the gradient is no longer finite.
+            InputError: if the loss or the gradient is no longer finite; if something is to be selected and nothing is
+                held out.
         """
-        while True:
+        needs = self.training.needs_evaluation
+        if needs is not None and not held_out:
+            raise InputError(
+                f"training.{needs}: no held-out row to compare on. Set split.evaluation of the stage's dataset (such as "
+                "0.1), or leave the field out"
+            )
+        while not self.state.ended:
             step = self.state.step
             if held_out and self._evaluation_due(step):
-                self._evaluate(objective, held_out)
+                means = self._evaluate(objective, held_out)
+                if self.selection.observe(means, self.trainables, writes=self.ranks.is_main):
+                    break
             if step == self.plan.steps:
                 break
             self.leave_if_stopped()
             self._take_step(objective)
             if self.state.step % self.training.checkpoint_every_steps == 0 and self.state.step < self.plan.steps:
                 self._save()
+        if self.state.ended:
+            self._announce(f"stopped after step {self.state.step} of {self.plan.steps}: {self.state.ended}")
+        if self.state.selected and self.ranks.is_main:
+            self._announce(f"the output is the weights after step {self.state.selected['step']:.0f}")
+            self.selection.put_back(self.trainables)
         wait_for_uploads(self.context)
         self.ranks.wait()
 
@@ -132,16 +150,19 @@ class TrainingRun:
         raise Interrupted(self.state.step)
 
     def figures(self) -> dict[str, float]:
-        """Figures at the end, at most 15: means over the last steps, evaluations, totals."""
+        """Figures at the end, at most 17: means over the last steps, evaluations, totals."""
         recent = self.state.recent
         means = {name: sum(item[name] for item in recent) / len(recent) for name in (recent[-1] if recent else {})}
-        latest, start, best = self.state.latest, self.state.start, self.state.best
+        # The figures of a stage are those of the weights that it yields.
+        latest, start, best = self.state.selected or self.state.latest, self.state.start, self.state.best
         known = {
             "loss": means.get("loss"),
             "evalLoss": latest.get("evalLoss"),
             "evalLossStart": start.get("evalLoss"),
             "evalLossBest": best.get("evalLoss"),
             "evalLossBestStep": best.get("step"),
+            "selectedStep": self.state.selected.get("step"),
+            "stoppedEarly": float(bool(self.state.ended)) if self.training.early_stopping is not None else None,
             "rewardAccuracy": means.get("rewardAccuracy"),
             "rewardMargin": means.get("rewardMargin"),
             "evalRewardAccuracy": latest.get("evalRewardAccuracy"),
@@ -235,6 +256,10 @@ class TrainingRun:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
             self.context.log.info("step %d/%d  %s", step, steps, shown)
 
+    def _announce(self, message: str) -> None:
+        if self.ranks.is_main:
+            self.context.log.info("%s", message)
+
     def _tell(self, message: str) -> None:
         if self.ranks.is_main:
             self.context.progress.update(self.state.step, self.plan.steps, message)
@@ -247,6 +272,7 @@ class TrainingRun:
             wait_for_uploads(self.context)
             folder = self.context.scratch / "saving" / str(step)
             write_state(folder, self.state, self.trainables, self.optimizer)
+            self.selection.keep_in(folder)
             save_checkpoint(self.context, step, folder, {"step": step})
         self._committed_step = step
 

@@ -14,6 +14,7 @@ from plumbline_api.quantities import parse_quantity
 from plumbline_api.record import ExternalInput, RunRecord, StageRecord, fingerprints
 from plumbline_api.stagerun import PreflightFindings
 from plumbline_api.stages import STAGE_TYPES, SUITE_FORMATS
+from plumbline_api.training import Training
 
 from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.data.loading import split_remedy
@@ -167,6 +168,12 @@ def check_stages(record: RunRecord, datasets: dict[str, DatasetFindings]) -> Non
                 raise InputError(
                     f'{field_path}: "{found.name}" has no rows in its {split} split ({found.rows:,} rows: {there}). '
                     f"{split_remedy(split)}"
+                )
+            needs = Training.model_validate(stage.parameters.get("training", {})).needs_evaluation
+            if role == "dataset" and needs is not None and not found.splits["evaluation"].rows:
+                raise InputError(
+                    f'spec.stages[{index}].{stage.type}.training.{needs}: "{found.name}" has no rows in its evaluation '
+                    f"split ({found.rows:,} rows). {split_remedy('evaluation')}"
                 )
 
 
