@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from plumbline_api.artifacts import ArtifactKind
 from plumbline_api.pipeline import PipelineSpec
-from plumbline_api.stages import STAGE_TYPES, SUITE_FORMATS, Stage
+from plumbline_api.stages import REHEARSAL_FORMATS, STAGE_TYPES, SUITE_FORMATS, Stage
+from plumbline_api.training import LikelihoodStage
 
 BASE_MODEL = ""
 """Stands for spec.model where a stage starts from no other stage."""
@@ -18,7 +19,7 @@ class Reference:
     """A name that a stage uses for an input."""
 
     role: str
-    """`model`, `reference`, `baseline`, `dataset` or `suites.N.dataset`."""
+    """`model`, `reference`, `baseline`, `dataset`, `rehearsal.N.dataset` or `suites.N.dataset`."""
     field: str
     """Path of the field below `spec.`."""
     target: str
@@ -58,6 +59,15 @@ def references(spec: PipelineSpec, index: int) -> Iterator[Reference]:
         yield Reference(
             "dataset", f"{here}.{stage.type}.dataset", value.dataset, ArtifactKind.DATASET, kind.dataset_formats
         )
+    if isinstance(value, LikelihoodStage):
+        for number, item in enumerate(value.rehearsal or ()):
+            yield Reference(
+                f"rehearsal.{number}.dataset",
+                f"{here}.{stage.type}.rehearsal[{number}].dataset",
+                item.dataset,
+                ArtifactKind.DATASET,
+                REHEARSAL_FORMATS,
+            )
     if stage.dpo is not None and stage.dpo.reference is not None:
         yield Reference("reference", f"{here}.dpo.reference", stage.dpo.reference, ArtifactKind.POLICY)
     if stage.evaluate is not None:

@@ -111,6 +111,9 @@ STAGE_TYPES: dict[str, StageType] = {
     )
 }
 
+REHEARSAL_FORMATS = SUPERVISED_FORMATS | TEXT_FORMATS
+"""Formats whose rows can stand among others in a likelihood stage."""
+
 SUITE_FORMATS: dict[str, frozenset[str]] = {
     "perplexity": LIKELIHOOD_FORMATS,
     "preferenceAccuracy": PREFERENCE_FORMATS,

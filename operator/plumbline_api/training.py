@@ -176,14 +176,37 @@ class TrainingStage(Contract):
     """Optimisation parameters."""
 
 
-class Pretrain(TrainingStage):
+class Rehearsal(Contract):
+    """Rows of another dataset among those of the stage, so that what was learned from them stays."""
+
+    dataset: Name
+    """Dataset with a prompt and an answer, or raw text, whose training rows are mixed in."""
+    share: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the rows of every step that come from it."""
+
+
+class LikelihoodStage(TrainingStage):
+    """Fields of the stages that raise the likelihood of given tokens."""
+
+    rehearsal: Annotated[list[Rehearsal], Field(min_length=1, max_length=8)] | None = None
+    """Other datasets to mix in, against forgetting; an epoch remains a pass over `dataset`."""
+
+    @model_validator(mode="after")
+    def _leaves_room_for_its_own_rows(self) -> Self:
+        shares = sum(item.share for item in self.rehearsal or ())
+        if shares >= 1:
+            raise ValueError(f"rehearsal: the shares sum to {shares:g} and leave no room for dataset; keep them below 1")
+        return self
+
+
+class Pretrain(LikelihoodStage):
     """Continued pre-training: next-token loss on every token of raw text."""
 
     training: Training = Training(max_length=2048)
     """Optimisation parameters."""
 
 
-class Sft(TrainingStage):
+class Sft(LikelihoodStage):
     """Supervised fine-tuning on prompts and answers."""
 
     loss_on: Literal["completion", "all", "assistant"] = "completion"

@@ -7,6 +7,7 @@ from plumbline_api.training import Pretrain
 from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.data.encode import encode_rows
 from plumbline_trainer.data.loading import load_rows
+from plumbline_trainer.data.rehearsal import load_rehearsal
 from plumbline_trainer.engine.distributed import joined_ranks
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.objective import TokenLikelihood
@@ -36,7 +37,10 @@ def run(context: StageContext) -> StageOutput | None:
         held_out = encode_rows(
             load_rows(context, dataset, "evaluation"), policy.tokenizer, method="text", max_length=longest
         ).rows
+        rehearsal = load_rehearsal(context, parameters, policy.tokenizer, method="completion")
         report_rows(context, encoded, "training rows")
+        for other in rehearsal.datasets:
+            report_rows(context, other, "rehearsal rows")
 
         # Build
         scorer = Scorer(make_trainable(policy, lora, seed), precision=training.precision)
@@ -46,8 +50,9 @@ def run(context: StageContext) -> StageOutput | None:
             global_batch=training.global_batch,
             epochs=training.epochs,
             max_steps=training.max_steps,
+            rehearsal=rehearsal.plan,
         )
-        run = TrainingRun(context, ranks, scorer, plan, encoded.rows, training)
+        run = TrainingRun(context, ranks, scorer, plan, rehearsal.behind(encoded.rows), training)
         run.resume()
         prepare_modes(
             scorer,
