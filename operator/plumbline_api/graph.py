@@ -19,7 +19,7 @@ class Reference:
     """A name that a stage uses for an input."""
 
     role: str
-    """`model`, `reference`, `baseline`, `dataset`, `rehearsal.N.dataset` or `suites.N.dataset`."""
+    """`model`, `reference`, `baseline`, `dataset`, `rehearsal.N.dataset`, `ewc.dataset` or `suites.N.dataset`."""
     field: str
     """Path of the field below `spec.`."""
     target: str
@@ -65,6 +65,14 @@ def references(spec: PipelineSpec, index: int) -> Iterator[Reference]:
                 f"rehearsal.{number}.dataset",
                 f"{here}.{stage.type}.rehearsal[{number}].dataset",
                 item.dataset,
+                ArtifactKind.DATASET,
+                REHEARSAL_FORMATS,
+            )
+        if value.ewc is not None:
+            yield Reference(
+                "ewc.dataset",
+                f"{here}.{stage.type}.ewc.dataset",
+                value.ewc.dataset,
                 ArtifactKind.DATASET,
                 REHEARSAL_FORMATS,
             )

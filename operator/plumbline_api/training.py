@@ -125,6 +125,10 @@ class Training(Contract):
     """Longest sequence in tokens; longer rows are truncated and counted."""
     schedule: Schedule = Schedule()
     """Learning-rate schedule."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Factor on the learning rate from each layer to the one below; the top layer and the head keep the full rate."""
+    l2sp: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Strength λ of ½λ‖Δ‖² (Li et al. 2018) on the change Δ of the weights since the stage's start; with LoRA Δ = s·B·A."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Decoupled weight decay on matrices; never on biases and norms."""
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
@@ -185,17 +189,32 @@ class Rehearsal(Contract):
     """Share of the rows of every step that come from it."""
 
 
+class Ewc(Contract):
+    """Elastic weight consolidation (Kirkpatrick et al. 2017): hold weights that matter to another dataset."""
+
+    dataset: Name
+    """Dataset with a prompt and an answer, or raw text, that must not be forgotten."""
+    coefficient: Annotated[float, Field(gt=0, le=1e9)] = 1.0
+    """Strength λ of ½λ·ΣF·Δ²; F is per token, so that 1 weighs as much as the dataset's own loss would."""
+    rows: Annotated[int, Field(ge=1, le=1000000)] = 256
+    """Rows, drawn by the seed, from which the Fisher diagonal F is taken at the stage's start."""
+
+
 class LikelihoodStage(TrainingStage):
     """Fields of the stages that raise the likelihood of given tokens."""
 
     rehearsal: Annotated[list[Rehearsal], Field(min_length=1, max_length=8)] | None = None
     """Other datasets to mix in, against forgetting; an epoch remains a pass over `dataset`."""
+    ewc: Ewc | None = None
+    """Hold weights that matter to another dataset."""
 
     @model_validator(mode="after")
     def _leaves_room_for_its_own_rows(self) -> Self:
         shares = sum(item.share for item in self.rehearsal or ())
         if shares >= 1:
-            raise ValueError(f"rehearsal: the shares sum to {shares:g} and leave no room for dataset; keep them below 1")
+            raise ValueError(
+                f"rehearsal: the shares sum to {shares:g} and leave no room for dataset; keep them below 1"
+            )
         return self
 
 

@@ -13,10 +13,12 @@ from plumbline_api.training import Training
 from plumbline_trainer.context import StageContext
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.distributed import Ranks
+from plumbline_trainer.engine.layers import layer_depths
 from plumbline_trainer.engine.objective import Objective, row_tokens
 from plumbline_trainer.engine.optimizer import Optimizer, named_trainables
 from plumbline_trainer.engine.packing import PackedBatch, pack, packed_length
 from plumbline_trainer.engine.pathcheck import choose_path
+from plumbline_trainer.engine.penalties import L2Sp, Penalty, displacements
 from plumbline_trainer.engine.schedule import StepPlan, cut_step, fill_batches, random_key
 from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.engine.selection import Selection
@@ -58,7 +60,12 @@ class TrainingRun:
         self.context, self.ranks, self.scorer = context, ranks, scorer
         self.plan, self.rows, self.training = plan, rows, training
         self.trainables = named_trainables(scorer.model)
-        self.optimizer = Optimizer(self.trainables, training, plan.steps)
+        depths = None if training.layer_decay is None else layer_depths(scorer.model)
+        self.optimizer = Optimizer(self.trainables, training, plan.steps, depths)
+        self.penalties: list[Penalty] = []
+        """What is added to the loss of the rows; a stage may add its own before it trains."""
+        if training.l2sp is not None:
+            self.penalties.append(L2Sp(training.l2sp, displacements(scorer.model, self.trainables).values()))
         self._checkpoint: Checkpoint | None = load_latest_checkpoint(context)
         found = self._checkpoint
         if not ranks.same(found.step if found is not None else -1):
@@ -172,6 +179,7 @@ class TrainingRun:
             "tokens": float(self.state.tokens),
             "tokensPerSecond": means.get("tokensPerSecond"),
             "gradientNorm": means.get("gradientNorm"),
+            **{penalty.name: means.get(penalty.name) for penalty in self.penalties},
             "plainPath": float(self.state.path == "plain"),
         }
         return {name: value for name, value in known.items() if value is not None}
@@ -181,7 +189,7 @@ class TrainingRun:
         rows = [self.rows[index] for index in self.plan.rows(step)]
         means = self._accumulate(objective, rows)
         rate = self.optimizer.learning_rate
-        norm = self.optimizer.step(self.ranks)
+        norm = self.optimizer.step(self.ranks, self.penalties)
         if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
             raise InputError(
                 f"step {step + 1}: the loss is {means['loss']}, the gradient norm {norm}; training diverged. "
@@ -193,6 +201,7 @@ class TrainingRun:
         self.state.tokens += tokens
         self.tokens_here += tokens
         seconds = time.monotonic() - started
+        means |= self.optimizer.penalties
         record = {**means, "learningRate": rate, "gradientNorm": norm, "tokensPerSecond": tokens / max(seconds, 1e-9)}
         self.state.recent = [*self.state.recent, record][-RECENT:]
         self._report(record)

@@ -185,6 +185,8 @@ def _need(stage: StageRecord, index: int, role: str) -> tuple[str, frozenset[str
         return f"{here}.dataset", STAGE_TYPES[stage.type].dataset_formats or frozenset(), "train", stage.type
     if role.startswith("rehearsal."):
         return f"{here}.rehearsal[{role.split('.')[1]}].dataset", REHEARSAL_FORMATS, "train", "rehearsal"
+    if role == "ewc.dataset":
+        return f"{here}.{role}", REHEARSAL_FORMATS, "train", "ewc"
     suite = _evaluate(stage).suites[int(role.split(".")[1])]
     path = f"{here}.suites[{role.split('.')[1]}].{suite.choice}.dataset"
     split: Split = suite.value.split

@@ -9,6 +9,7 @@ from plumbline_trainer.data.encode import encode_rows
 from plumbline_trainer.data.loading import load_rows
 from plumbline_trainer.data.rehearsal import load_rehearsal
 from plumbline_trainer.engine.distributed import joined_ranks
+from plumbline_trainer.engine.fisher import hold_weights
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.objective import TokenLikelihood
 from plumbline_trainer.engine.schedule import plan_steps
@@ -53,6 +54,8 @@ def run(context: StageContext) -> StageOutput | None:
             rehearsal=rehearsal.plan,
         )
         run = TrainingRun(context, ranks, scorer, plan, rehearsal.behind(encoded.rows), training)
+        # The model's weights are still those it starts from: only now does a resumed run take up its own.
+        hold_weights(run, policy, parameters, seed, method=method)
         run.resume()
         prepare_modes(
             scorer,
