@@ -200,6 +200,13 @@ class Ewc(Contract):
     """Rows, drawn by the seed, from which the Fisher diagonal F is taken at the stage's start."""
 
 
+class Kl(Contract):
+    """Hold the whole distribution of each token near the policy at the stage's start."""
+
+    coefficient: Annotated[float, Field(gt=0, le=1000)] = 0.1
+    """Factor on the mean of KL(start ‖ policy) over the tokens that carry loss."""
+
+
 class LikelihoodStage(TrainingStage):
     """Fields of the stages that raise the likelihood of given tokens."""
 
@@ -207,9 +214,18 @@ class LikelihoodStage(TrainingStage):
     """Other datasets to mix in, against forgetting; an epoch remains a pass over `dataset`."""
     ewc: Ewc | None = None
     """Hold weights that matter to another dataset."""
+    kl: Kl | None = None
+    """Hold the answers near the policy at the stage's start; needs lora, whose adapter is switched off for it."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share ε of each label spread over the vocabulary. Absent: 0."""
 
     @model_validator(mode="after")
-    def _leaves_room_for_its_own_rows(self) -> Self:
+    def _fits_together(self) -> Self:
+        if self.kl is not None and self.lora is None:
+            raise ValueError(
+                "kl compares with the stage's start by switching the adapter off; set lora, or hold the weights with "
+                "ewc or training.l2sp instead"
+            )
         shares = sum(item.share for item in self.rehearsal or ())
         if shares >= 1:
             raise ValueError(

@@ -14,7 +14,7 @@ from plumbline_trainer.context import StageContext
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.layers import layer_depths
-from plumbline_trainer.engine.objective import Objective, row_tokens
+from plumbline_trainer.engine.objective import Objective, row_tokens, token_weights
 from plumbline_trainer.engine.optimizer import Optimizer, named_trainables
 from plumbline_trainer.engine.packing import PackedBatch, pack, packed_length
 from plumbline_trainer.engine.pathcheck import choose_path
@@ -76,6 +76,7 @@ class TrainingRun:
         self.tokens_here = 0
         """Tokens of this attempt."""
         self._committed_step = self.state.step
+        self._label_smoothing = self._kl = 0.0
         self._decide_path()
 
     def _decide_path(self) -> None:
@@ -103,14 +104,29 @@ class TrainingRun:
             if self.ranks.is_main:
                 self.selection.take_from(self._checkpoint.folder)
 
-    def train(self, objective: Objective, held_out: Sequence[Encoded]) -> None:
+    def train(
+        self, objective: Objective, held_out: Sequence[Encoded], *, label_smoothing: float = 0.0, kl: float = 0.0
+    ) -> None:
         """Take all steps that are left, evaluate, write checkpoints.
+
+        Args:
+            objective: What is minimised.
+            held_out: Rows to evaluate on.
+            label_smoothing: Of the labels of every step; evaluations are never smoothed.
+            kl: Coefficient of the mean KL(π_ref ‖ π) over scored tokens, the reference being the adapter switched off.
+                For objectives that are means over tokens.
 
         Raises:
             Interrupted: on SIGTERM, once a checkpoint is committed.
             InputError: if the loss or the gradient is no longer finite; if something is to be selected and nothing is
                 held out.
         """
+        self._label_smoothing, self._kl = label_smoothing, kl
+        if kl and (odd := [name for name in self.trainables if ".lora_" not in name]):
+            raise InputError(
+                f"kl: {odd[0]} is trained beside the adapter, so that switching the adapter off does not give the start "
+                "back; train the adapter alone, or leave kl out"
+            )
         needs = self.training.needs_evaluation
         if needs is not None and not held_out:
             raise InputError(
@@ -179,6 +195,7 @@ class TrainingRun:
             "tokens": float(self.state.tokens),
             "tokensPerSecond": means.get("tokensPerSecond"),
             "gradientNorm": means.get("gradientNorm"),
+            "kl": means.get("kl"),
             **{penalty.name: means.get(penalty.name) for penalty in self.penalties},
             "plainPath": float(self.state.path == "plain"),
         }
@@ -216,11 +233,18 @@ class TrainingRun:
             # Only an adapter's dropout draws from it.
             torch.manual_seed(random_key(self.plan.seed, "dropout", self.state.step, self.ranks.rank, number))
             batch = pack([rows[index] for index in members] or [dummy_of(rows[0])], self.ranks.device)
-            found = objective.sums(batch, self.scorer(batch))
-            torch.autograd.backward(found["loss"] / size)
+            found = self._sums(objective, batch)
+            torch.autograd.backward((found["loss"] + self._kl * found.get("kl", 0.0)) / size)
             for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
         return {name: value / size for name, value in self.ranks.sum_floats(sums).items()}
+
+    def _sums(self, objective: Objective, batch: PackedBatch) -> dict[str, torch.Tensor]:
+        """Loss and figures of a micro-batch, with `kl` beside them where it is asked for."""
+        if not self._kl:
+            return objective.sums(batch, self.scorer(batch, self._label_smoothing))
+        scores, divergences = self.scorer.with_divergence(batch, self._label_smoothing)
+        return {**objective.sums(batch, scores), "kl": (token_weights(batch) * divergences).sum()}
 
     def _evaluate(self, objective: Objective, rows: Sequence[Encoded]) -> dict[str, float]:
         """Means over held-out rows, under names that begin with `eval`; they become the latest, perhaps the best."""

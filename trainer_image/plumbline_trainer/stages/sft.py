@@ -64,7 +64,12 @@ def run(context: StageContext) -> StageOutput | None:
         )
 
         # Loop
-        run.train(TokenLikelihood(), held_out)
+        run.train(
+            TokenLikelihood(),
+            held_out,
+            label_smoothing=parameters.label_smoothing or 0.0,
+            kl=0.0 if parameters.kl is None else parameters.kl.coefficient,
+        )
 
         # Save and report
         return save_policy(context, run, policy, lora, encoded)
