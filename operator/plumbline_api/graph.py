@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from plumbline_api.artifacts import ArtifactKind
 from plumbline_api.pipeline import PipelineSpec
-from plumbline_api.stages import REHEARSAL_FORMATS, STAGE_TYPES, SUITE_FORMATS, Stage
+from plumbline_api.stages import REHEARSAL_FORMATS, STAGE_TYPES, SUITE_FORMATS, Stage, yields_of
 from plumbline_api.training import LikelihoodStage
 
 BASE_MODEL = ""
@@ -36,7 +36,7 @@ class Reference:
 
 def yields(stage: Stage) -> ArtifactKind:
     """What a stage yields."""
-    return STAGE_TYPES[stage.type].yields
+    return yields_of(stage.type, stage.value.to_wire())
 
 
 def start_of(spec: PipelineSpec, index: int) -> str:

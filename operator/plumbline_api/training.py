@@ -108,6 +108,23 @@ class EarlyStopping(Contract):
         return "max" if self.metric.endswith(("Accuracy", "Margin")) else None
 
 
+class RangeTest(Contract):
+    """A learning-rate range test (Smith 2015): raise the rate step by step and watch the loss."""
+
+    lowest: Annotated[float, Field(gt=0, le=1, alias="from")] = 1e-7
+    """Rate of the first step."""
+    highest: Annotated[float, Field(gt=0, le=10, alias="to")] = 1e-1
+    """Rate of the last step."""
+    steps: Annotated[int, Field(ge=10, le=100000)] = 100
+    """Steps of the sweep, whatever epochs and maxSteps say; it ends sooner where the loss diverges."""
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if self.lowest >= self.highest:
+            raise ValueError(f"from ({self.lowest:g}) must be below to ({self.highest:g})")
+        return self
+
+
 class Training(Contract):
     """Optimisation parameters. AdamW with decoupled weight decay; trainable weights and their state are float32."""
 
@@ -152,6 +169,9 @@ class Training(Contract):
     select_best: bool | None = None
     """Yield the weights of the best evaluation, not the last ones. Absent: with earlyStopping only."""
 
+    range_test: RangeTest | None = None
+    """Sweep the learning rate instead of training: the stage yields a report with a suggested rate, and no policy."""
+
     @property
     def selects_best(self) -> bool:
         """Whether the output is the best evaluation's weights."""
@@ -164,6 +184,8 @@ class Training(Contract):
 
     @model_validator(mode="after")
     def _evaluates_where_it_must(self) -> Self:
+        if self.range_test is not None and self.needs_evaluation is not None:
+            raise ValueError(f"a rangeTest yields no weights to choose from; leave {self.needs_evaluation} out")
         if self.needs_evaluation is not None and self.evaluate_every_steps is None:
             raise ValueError(f"{self.needs_evaluation} compares evaluations on the way; set evaluateEverySteps as well")
         return self

@@ -180,9 +180,10 @@ def test_a_killed_run_selects_and_stops_alike(tmp_path: Path, monkeypatch: pytes
                 raise Killed
             real(training, objective)
 
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(TrainingRun, "_take_step", dying)
+        monkeypatch.setattr(TrainingRun, "_take_step", dying)
+        with pytest.raises(Killed):
             sft.run(context)
+    monkeypatch.setattr(TrainingRun, "_take_step", real)
     output = sft.run(stage_context(folder / "last", run))
     assert output is not None
     assert output.first_step is not None

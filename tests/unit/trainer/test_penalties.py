@@ -289,9 +289,10 @@ def test_a_resumed_run_finds_the_fisher_diagonal_and_ends_with_the_same_bits(
             raise Killed
         real_step(training, objective)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(TrainingRun, "_take_step", dying)
+    monkeypatch.setattr(TrainingRun, "_take_step", dying)
+    with pytest.raises(Killed):
         sft.run(context)
+    monkeypatch.setattr(TrainingRun, "_take_step", real_step)
     output = sft.run(stage_context(folder / "two", run))
     assert output is not None
     assert output.first_step == 4

@@ -91,5 +91,5 @@ def _steps_down(schedule: Schedule, warmup: int, steps: int) -> Factor:
 
 
 def make_sweep(optimizer: Optimizer, growth: float, steps: int) -> LambdaLR:
-    """A learning-rate range test (Smith 2015): growth^(s / (steps − 1)), from the rate as it is to `growth` times it."""
+    """A range test (Smith 2015): growth^(s / (steps − 1)), from the rate as it is to `growth` times it."""
     return LambdaLR(optimizer, lambda step: growth ** (step / max(steps - 1, 1)))

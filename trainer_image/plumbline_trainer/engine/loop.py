@@ -19,6 +19,7 @@ from plumbline_trainer.engine.optimizer import Optimizer, named_trainables
 from plumbline_trainer.engine.packing import PackedBatch, pack, packed_length
 from plumbline_trainer.engine.pathcheck import choose_path
 from plumbline_trainer.engine.penalties import L2Sp, Penalty, displacements
+from plumbline_trainer.engine.range_test import diverges
 from plumbline_trainer.engine.schedule import StepPlan, cut_step, fill_batches, random_key
 from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.engine.selection import Selection
@@ -58,6 +59,8 @@ class TrainingRun:
             training: Optimisation parameters.
         """
         self.context, self.ranks, self.scorer = context, ranks, scorer
+        if training.range_test is not None:
+            plan = dataclasses.replace(plan, steps=training.range_test.steps)
         self.plan, self.rows, self.training = plan, rows, training
         self.trainables = named_trainables(scorer.model)
         depths = None if training.layer_decay is None else layer_depths(scorer.model)
@@ -124,14 +127,14 @@ class TrainingRun:
         self._label_smoothing, self._kl = label_smoothing, kl
         if kl and (odd := [name for name in self.trainables if ".lora_" not in name]):
             raise InputError(
-                f"kl: {odd[0]} is trained beside the adapter, so that switching the adapter off does not give the start "
-                "back; train the adapter alone, or leave kl out"
+                f"kl: {odd[0]} is trained beside the adapter, so that switching the adapter off does not give the "
+                "start back; train the adapter alone, or leave kl out"
             )
         needs = self.training.needs_evaluation
         if needs is not None and not held_out:
             raise InputError(
-                f"training.{needs}: no held-out row to compare on. Set split.evaluation of the stage's dataset (such as "
-                "0.1), or leave the field out"
+                f"training.{needs}: no held-out row to compare on. Set split.evaluation of the stage's dataset (such "
+                "as 0.1), or leave the field out"
             )
         while not self.state.ended:
             step = self.state.step
@@ -156,6 +159,8 @@ class TrainingRun:
     def _evaluation_due(self, step: int) -> bool:
         every = self.training.evaluate_every_steps
         due = step in (0, self.plan.steps) or (every is not None and step % every == 0)
+        if self.training.range_test is not None:
+            return False
         return due and self.state.evaluated != step
 
     def leave_if_stopped(self) -> None:
@@ -207,7 +212,10 @@ class TrainingRun:
         means = self._accumulate(objective, rows)
         rate = self.optimizer.learning_rate
         norm = self.optimizer.step(self.ranks, self.penalties)
-        if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
+        finite = math.isfinite(means["loss"]) and math.isfinite(norm)
+        if self.training.range_test is not None:
+            self._sweep(rate, means["loss"], finite=finite)
+        elif not finite:
             raise InputError(
                 f"step {step + 1}: the loss is {means['loss']}, the gradient norm {norm}; training diverged. "
                 "Lower training.learningRate or set training.precision: float32",
@@ -222,6 +230,13 @@ class TrainingRun:
         record = {**means, "learningRate": rate, "gradientNorm": norm, "tokensPerSecond": tokens / max(seconds, 1e-9)}
         self.state.recent = [*self.state.recent, record][-RECENT:]
         self._report(record)
+
+    def _sweep(self, rate: float, loss: float, *, finite: bool) -> None:
+        """Note a step of a range test; where the loss runs away the stage has seen enough."""
+        if finite:
+            self.state.sweep.append([rate, loss])
+        if not finite or diverges([loss for _, loss in self.state.sweep]):
+            self.state.ended = f"the loss diverged at a learning rate of {rate:.2g}"
 
     def _accumulate(self, objective: Objective, rows: Sequence[Encoded]) -> dict[str, float]:
         """Gradients of a step's mean loss on this rank's share, and the step's means over all ranks."""

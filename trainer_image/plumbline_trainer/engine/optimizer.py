@@ -11,7 +11,7 @@ from plumbline_api.training import Training
 from torch import Tensor, nn
 
 from plumbline_trainer.engine.distributed import Ranks
-from plumbline_trainer.engine.learning_rate import make_schedule
+from plumbline_trainer.engine.learning_rate import make_schedule, make_sweep
 from plumbline_trainer.engine.penalties import Penalty
 from plumbline_trainer.errors import InputError
 
@@ -54,7 +54,8 @@ class Optimizer:
         assert training.learning_rate is not None
         self.trainables = dict(trainables)
         self.clip = training.gradient_clip
-        self.peak = training.learning_rate
+        sweep = training.range_test
+        self.peak = training.learning_rate if sweep is None else sweep.lowest
         self.penalties: dict[str, float] = {}
         """Values of the penalties at the last step."""
         groups: dict[tuple[int, float], dict[str, Any]] = {}
@@ -71,7 +72,10 @@ class Optimizer:
             eps=training.adam_epsilon,
             fused=True,
         )
-        self.schedule = make_schedule(training.schedule, self.adamw, steps)
+        if sweep is None:
+            self.schedule = make_schedule(training.schedule, self.adamw, steps)
+        else:
+            self.schedule = make_sweep(self.adamw, sweep.highest / sweep.lowest, sweep.steps)
 
     @property
     def learning_rate(self) -> float:

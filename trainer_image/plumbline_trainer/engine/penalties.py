@@ -24,7 +24,7 @@ class Penalty(Protocol):
     """Of the figure."""
 
     def add_gradients(self) -> float:
-        """Add the gradient at the present weights to the parameters' gradients, which are there; the penalty's value."""
+        """Add the gradient at the present weights to the parameters' gradients, which are there; the value."""
         ...
 
 
@@ -136,10 +136,7 @@ class Ewc:
         """See `Penalty`."""
         squares: list[Tensor] = []
         for change, fisher in self.pairs:
-            if isinstance(change, Moved):
-                delta = change.weight - change.start
-            else:
-                delta = change.scale * (change.b @ change.a)
+            delta = change.weight - change.start if isinstance(change, Moved) else change.scale * (change.b @ change.a)
             slope = fisher * delta
             squares.append((slope.double() * delta.double()).sum())
             if isinstance(change, Moved):

@@ -53,6 +53,8 @@ class TrainingState:
     """Evaluations since the bar was last raised."""
     ended: str = ""
     """Why the stage takes no further step although some are left; empty while it goes on."""
+    sweep: list[list[float]] = field(default_factory=list)
+    """Learning rate and loss of every step, in a range test."""
     recent: list[dict[str, float]] = field(default_factory=list)
     """Figures of the last steps."""
 

@@ -69,8 +69,10 @@ def estimate(
             max_steps=training.max_steps,
             rehearsal=[(_names(other), part) for other, part in zip(rehearsed, shares, strict=True)],
         )
-        steps = plan.steps
-        taken = min(steps * training.global_batch, math.ceil(max(training.epochs, 1 / rows.rows) * plan.rows_per_epoch))
+        steps = plan.steps if training.range_test is None else training.range_test.steps
+        taken = steps * training.global_batch
+        if training.range_test is None:
+            taken = min(taken, math.ceil(max(training.epochs, 1 / rows.rows) * plan.rows_per_epoch))
         mixed = [(rows, 1.0 - sum(shares)), *zip(rehearsed, shares, strict=True)]
         per_row = sum(part * found.tokens(training.max_length) / found.rows for found, part in mixed)
         tokens = round(taken * per_row * (2 if stage.type == "dpo" else 1))
