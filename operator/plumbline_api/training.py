@@ -144,7 +144,7 @@ class Training(Contract):
     """Learning-rate schedule."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Factor on the learning rate from each layer to the one below; the top layer and the head keep the full rate."""
-    l2sp: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    l2sp: Annotated[float, Field(gt=0, le=1e6)] | None = Field(None, alias="l2sp")
     """Strength λ of ½λ‖Δ‖² (Li et al. 2018) on the change Δ of the weights since the stage's start; with LoRA Δ = s·B·A."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Decoupled weight decay on matrices; never on biases and norms."""
