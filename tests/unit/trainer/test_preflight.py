@@ -29,7 +29,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_model(tmp_path_factory.mktemp("model") / "base")
 
 
-def pipeline(folder: Path, model: Path, stages: list[dict[str, Any]] | None = None, **q: Any) -> LocalPipeline:
+def pipeline(
+    folder: Path,
+    model: Path,
+    stages: list[dict[str, Any]] | None = None,
+    *,
+    others: tuple[dict[str, Any], ...] = (),
+    **q: Any,
+) -> LocalPipeline:
     if not (folder / "q.jsonl").exists():
         write_jsonl(folder / "q.jsonl", rows())
         write_jsonl(folder / "p.jsonl", pairs())
@@ -37,6 +44,7 @@ def pipeline(folder: Path, model: Path, stages: list[dict[str, Any]] | None = No
     datasets = [
         {"name": "q", "source": f"file://{folder}/q.jsonl", "split": {"test": 0.2}} | q,
         {"name": "p", "source": f"file://{folder}/p.jsonl", "split": {"test": 0.2}},
+        *others,
     ]
     body = {
         "apiVersion": "plumbline.dev/v1alpha1",
@@ -220,9 +228,7 @@ def test_rehearsal_and_ewc_are_read_and_counted(tmp_path: Path, model: Path) -> 
         },
         {"name": "exam", "evaluate": {"suites": [{"perplexity": {"dataset": "q"}}]}},
     ]
-    made = pipeline(tmp_path, model, stages)
-    made.body["spec"]["datasets"].append(old)
-    made = LocalPipeline(made.body, tmp_path)
+    made = pipeline(tmp_path, model, stages, others=(old,))
     result, code = preflight(made)
     assert code == 0, result
     assert [item.role for item in made.stage("sft").inputs] == [
