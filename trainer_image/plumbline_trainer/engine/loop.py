@@ -257,7 +257,8 @@ class TrainingRun:
     def _sums(self, objective: Objective, batch: PackedBatch) -> dict[str, torch.Tensor]:
         """Loss and figures of a micro-batch, with `kl` beside them where it is asked for."""
         if not self._kl:
-            return objective.sums(batch, self.scorer(batch, self._label_smoothing))
+            smoothed = (self._label_smoothing,) if self._label_smoothing else ()
+            return objective.sums(batch, self.scorer(batch, *smoothed))
         scores, divergences = self.scorer.with_divergence(batch, self._label_smoothing)
         return {**objective.sums(batch, scores), "kl": (token_weights(batch) * divergences).sum()}
 

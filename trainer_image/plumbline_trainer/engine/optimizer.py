@@ -49,7 +49,8 @@ class Optimizer:
             trainables: Parameters by name.
             training: The stage's optimisation parameters, learning rate resolved.
             steps: Optimizer steps of the whole stage.
-            depths: Layers between a parameter and the top one, by its name; each takes `layerDecay` off its rate.
+            depths: Layers between a parameter and the top one, by its name; each takes `layerDecay` off its rate. What
+                is not named, such as a new head, counts as the top.
         """
         assert training.learning_rate is not None
         self.trainables = dict(trainables)
@@ -58,9 +59,11 @@ class Optimizer:
         self.peak = training.learning_rate if sweep is None else sweep.lowest
         self.penalties: dict[str, float] = {}
         """Values of the penalties at the last step."""
+        if depths is not None and not depths.keys() & self.trainables.keys():
+            raise ValueError("the depths are those of another model")
         groups: dict[tuple[int, float], dict[str, Any]] = {}
         for name, parameter in self.trainables.items():
-            depth = 0 if depths is None or training.layer_decay is None else depths[name]
+            depth = 0 if depths is None or training.layer_decay is None else depths.get(name, 0)
             decay = training.weight_decay if parameter.ndim >= 2 else 0.0
             rate = self.peak * (training.layer_decay or 1.0) ** depth
             group = groups.setdefault((depth, decay), {"params": [], "weight_decay": decay, "lr": rate})
