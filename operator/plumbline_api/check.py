@@ -15,6 +15,7 @@ from plumbline_api.pipeline import AlignmentPipeline, Dataset, PipelineSpec, Sto
 from plumbline_api.quantities import parse_quantity
 from plumbline_api.runtime import AlignmentRuntime
 from plumbline_api.stages import STAGE_TYPES
+from plumbline_api.training import Training
 
 Place = Literal["cluster", "local", "anywhere"]
 
@@ -35,7 +36,7 @@ def check(
     spec = pipeline.spec
     problems = [*_check_names(spec)]
     if not problems:
-        problems += [*_check_references(spec), *_check_training_splits(spec)]
+        problems += [*_check_references(spec), *_check_training_splits(spec), *_check_evaluation_splits(spec)]
     if not problems and (cycle := find_cycle(spec)) is not None:
         index = next(i for i, stage in enumerate(spec.stages) if stage.name == cycle[0])
         problems.append(Problem(f"spec.stages[{index}]", f"the stages form a cycle: {' → '.join(cycle)}"))
@@ -124,6 +125,20 @@ def _check_training_splits(spec: PipelineSpec) -> Iterator[Problem]:
             yield Problem(
                 f"spec.datasets[{index}].split",
                 "evaluation + test leave no rows to train on; set role to test if that is meant",
+            )
+
+
+def _check_evaluation_splits(spec: PipelineSpec) -> Iterator[Problem]:
+    for index, stage in enumerate(spec.stages):
+        training = getattr(stage.value, "training", None)
+        if not isinstance(training, Training) or training.needs_evaluation is None:
+            continue
+        position = next((i for i, d in enumerate(spec.datasets) if d.name == stage.value.dataset), None)
+        if position is not None and spec.datasets[position].split.evaluation == 0:
+            yield Problem(
+                f"spec.stages[{index}].{stage.type}.training.{training.needs_evaluation}",
+                f'"{stage.value.dataset}" has no evaluation split to compare on. '
+                f"Set spec.datasets[{position}].split.evaluation (such as 0.1)",
             )
 
 

@@ -22,7 +22,10 @@ def generated_files() -> dict[str, str]:
     """Content of every generated file by its path from the root of the repository."""
     files: dict[str, str] = {}
     for name, crd in all_crds().items():
-        text = YAML_HEADER + yaml.safe_dump(crd, sort_keys=False, allow_unicode=True, width=120)
+        # Leaves on one line: every stage type repeats the training fields, deeply indented, and the size is limited.
+        text = YAML_HEADER + yaml.safe_dump(
+            crd, sort_keys=False, allow_unicode=True, width=1000, default_flow_style=None
+        )
         for folder in CRD_FOLDERS:
             files[f"{folder}/{name}"] = text
     for name, page in reference_pages().items():

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from plumbline_api.artifacts import ArtifactKind
 from plumbline_api.pipeline import PipelineSpec
-from plumbline_api.stages import STAGE_TYPES, SUITE_FORMATS, Stage
+from plumbline_api.stages import REHEARSAL_FORMATS, STAGE_TYPES, SUITE_FORMATS, Stage, yields_of
+from plumbline_api.training import LikelihoodStage
 
 BASE_MODEL = ""
 """Stands for spec.model where a stage starts from no other stage."""
@@ -18,7 +19,7 @@ class Reference:
     """A name that a stage uses for an input."""
 
     role: str
-    """`model`, `reference`, `baseline`, `dataset` or `suites.N.dataset`."""
+    """`model`, `reference`, `baseline`, `dataset`, `rehearsal.N.dataset`, `ewc.dataset` or `suites.N.dataset`."""
     field: str
     """Path of the field below `spec.`."""
     target: str
@@ -35,7 +36,7 @@ class Reference:
 
 def yields(stage: Stage) -> ArtifactKind:
     """What a stage yields."""
-    return STAGE_TYPES[stage.type].yields
+    return yields_of(stage.type, stage.value.to_wire())
 
 
 def start_of(spec: PipelineSpec, index: int) -> str:
@@ -60,6 +61,23 @@ def references(spec: PipelineSpec, index: int) -> Iterator[Reference]:
         )
     if (reference := getattr(value, "reference", None)) is not None:
         yield Reference("reference", f"{here}.{stage.type}.reference", reference, ArtifactKind.POLICY)
+    if isinstance(value, LikelihoodStage):
+        for number, item in enumerate(value.rehearsal or ()):
+            yield Reference(
+                f"rehearsal.{number}.dataset",
+                f"{here}.{stage.type}.rehearsal[{number}].dataset",
+                item.dataset,
+                ArtifactKind.DATASET,
+                REHEARSAL_FORMATS,
+            )
+        if value.ewc is not None:
+            yield Reference(
+                "ewc.dataset",
+                f"{here}.{stage.type}.ewc.dataset",
+                value.ewc.dataset,
+                ArtifactKind.DATASET,
+                REHEARSAL_FORMATS,
+            )
     if stage.evaluate is not None:
         baseline = stage.evaluate.baseline
         yield Reference(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -114,6 +115,17 @@ STAGE_TYPES: dict[str, StageType] = {
         StageType("evaluate", 1, ArtifactKind.REPORT, "generate"),
     )
 }
+
+
+def yields_of(stage_type: str, parameters: Mapping[str, Any]) -> ArtifactKind:
+    """What a stage yields, given its parameters in wire form: a learning-rate range test yields a report."""
+    if (parameters.get("training") or {}).get("rangeTest") is not None:
+        return ArtifactKind.REPORT
+    return STAGE_TYPES[stage_type].yields
+
+
+REHEARSAL_FORMATS = SUPERVISED_FORMATS | TEXT_FORMATS
+"""Formats whose rows can stand among others in a likelihood stage."""
 
 SUITE_FORMATS: dict[str, frozenset[str]] = {
     "perplexity": LIKELIHOOD_FORMATS,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic.alias_generators import to_camel
 
 from plumbline_api.base import Contract, Name
 
@@ -28,13 +29,100 @@ class Lora(Contract):
     """Names (suffixes) of the linear layers to adapt. Absent: every linear layer but the output head."""
 
 
+SCHEDULE_FIELDS: dict[str, tuple[str, ...]] = {
+    "constant": (),
+    "linear": ("final_ratio",),
+    "cosine": ("final_ratio",),
+    "cosineRestarts": ("final_ratio", "cycles"),
+    "step": ("every_steps", "at", "factor"),
+    "polynomial": ("final_ratio", "power"),
+    "inverseSquareRoot": (),
+}
+"""Fields that belong to some shapes only."""
+
+
 class Schedule(Contract):
     """How the learning rate moves over the steps."""
 
-    type: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape after the warm-up: constant, linear to zero, or half a cosine to zero."""
+    type: Literal["constant", "linear", "cosine", "cosineRestarts", "step", "polynomial", "inverseSquareRoot"] = (
+        "linear"
+    )
+    """Shape after the warm-up."""
     warmup_ratio: Share = 0.03
     """Share of all steps in which the rate rises linearly from zero."""
+    warmup_steps: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    """Steps of the warm-up, instead of warmupRatio."""
+    final_ratio: Share | None = None
+    """linear, cosine, cosineRestarts, polynomial: where the rate ends, as a share of the peak. Absent: 0."""
+    cycles: Annotated[int, Field(ge=1, le=10000)] | None = None
+    """cosineRestarts: how often the rate runs down. Absent: 2."""
+    every_steps: PositiveInt | None = None
+    """step: multiply the rate by factor every so many steps after the warm-up."""
+    at: Annotated[list[Share], Field(min_length=1, max_length=64)] | None = None
+    """step: shares of all steps at which the rate is multiplied by factor, instead of everySteps."""
+    factor: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """step: the factor. Absent: 0.1."""
+    power: Annotated[float, Field(gt=0, le=100)] | None = None
+    """polynomial: power of the share of steps that are left. Absent: 1."""
+
+    @model_validator(mode="after")
+    def _fits_its_type(self) -> Self:
+        mine = SCHEDULE_FIELDS[self.type]
+        for name in dict.fromkeys(field for fields in SCHEDULE_FIELDS.values() for field in fields):
+            if getattr(self, name) is not None and name not in mine:
+                owners = [kind for kind, fields in SCHEDULE_FIELDS.items() if name in fields]
+                raise ValueError(
+                    f"{to_camel(name)} belongs to type {' or '.join(owners)}, not to {self.type}; leave it out or "
+                    "change type"
+                )
+        if self.type == "step" and (self.every_steps is None) == (self.at is None):
+            raise ValueError("type step needs either everySteps or at (shares of all steps), not both")
+        return self
+
+
+class EarlyStopping(Contract):
+    """Stop when a held-out figure no longer improves."""
+
+    metric: Annotated[str, Field(pattern="^eval[A-Z][A-Za-z]*$", max_length=64)] = "evalLoss"
+    """Figure of the evaluations, such as evalLoss or evalRewardAccuracy."""
+    patience: Annotated[int, Field(ge=1, le=10000)] = 3
+    """Evaluations in a row without an improvement after which the stage stops."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """Least change that counts as an improvement."""
+    mode: Literal["min", "max"] | None = None
+    """Whether less or more is better. Absent: min for losses, max for accuracies and margins."""
+
+    @model_validator(mode="after")
+    def _has_a_direction(self) -> Self:
+        if self.direction is None:
+            raise ValueError(f"mode is needed: whether less (min) or more (max) of {self.metric} is better")
+        return self
+
+    @property
+    def direction(self) -> Literal["min", "max"] | None:
+        """`min` or `max`; None where neither the field nor the metric's name says."""
+        if self.mode is not None:
+            return self.mode
+        if self.metric.endswith("Loss"):
+            return "min"
+        return "max" if self.metric.endswith(("Accuracy", "Margin")) else None
+
+
+class RangeTest(Contract):
+    """A learning-rate range test (Smith 2015): raise the rate step by step and watch the loss."""
+
+    lowest: Annotated[float, Field(gt=0, le=1, alias="from")] = 1e-7
+    """Rate of the first step."""
+    highest: Annotated[float, Field(gt=0, le=10, alias="to")] = 1e-1
+    """Rate of the last step."""
+    steps: Annotated[int, Field(ge=10, le=100000)] = 100
+    """Steps of the sweep, whatever epochs and maxSteps say; it ends sooner where the loss diverges."""
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if self.lowest >= self.highest:
+            raise ValueError(f"from ({self.lowest:g}) must be below to ({self.highest:g})")
+        return self
 
 
 class Training(Contract):
@@ -54,6 +142,10 @@ class Training(Contract):
     """Longest sequence in tokens; longer rows are truncated and counted."""
     schedule: Schedule = Schedule()
     """Learning-rate schedule."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Factor on the learning rate from each layer to the one below; the top layer and the head keep the full rate."""
+    l2sp: Annotated[float, Field(gt=0, le=1e6)] | None = Field(None, alias="l2sp")
+    """Strength λ of ½λ‖Δ‖² (Li et al. 2018) on the change Δ of the weights since the stage's start; with LoRA Δ = s·B·A."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Decoupled weight decay on matrices; never on biases and norms."""
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
@@ -72,6 +164,31 @@ class Training(Contract):
     """Optimizer steps between two checkpoints in storage."""
     evaluate_every_steps: PositiveInt | None = None
     """Optimizer steps between two evaluations on the evaluation split. Absent: at the start and the end only."""
+    early_stopping: EarlyStopping | None = None
+    """Stop when a held-out figure no longer improves."""
+    select_best: bool | None = None
+    """Yield the weights of the best evaluation, not the last ones. Absent: with earlyStopping only."""
+
+    range_test: RangeTest | None = None
+    """Sweep the learning rate instead of training: the stage yields a report with a suggested rate, and no policy."""
+
+    @property
+    def selects_best(self) -> bool:
+        """Whether the output is the best evaluation's weights."""
+        return self.early_stopping is not None if self.select_best is None else self.select_best
+
+    @property
+    def needs_evaluation(self) -> str | None:
+        """The field that cannot do without an evaluation split, if one is set."""
+        return "earlyStopping" if self.early_stopping is not None else "selectBest" if self.selects_best else None
+
+    @model_validator(mode="after")
+    def _evaluates_where_it_must(self) -> Self:
+        if self.range_test is not None and self.needs_evaluation is not None:
+            raise ValueError(f"a rangeTest yields no weights to choose from; leave {self.needs_evaluation} out")
+        if self.needs_evaluation is not None and self.evaluate_every_steps is None:
+            raise ValueError(f"{self.needs_evaluation} compares evaluations on the way; set evaluateEverySteps as well")
+        return self
 
 
 class TrainingStage(Contract):
@@ -85,14 +202,68 @@ class TrainingStage(Contract):
     """Optimisation parameters."""
 
 
-class Pretrain(TrainingStage):
+class Rehearsal(Contract):
+    """Rows of another dataset among those of the stage, so that what was learned from them stays."""
+
+    dataset: Name
+    """Dataset with a prompt and an answer, or raw text, whose training rows are mixed in."""
+    share: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the rows of every step that come from it."""
+
+
+class Ewc(Contract):
+    """Elastic weight consolidation (Kirkpatrick et al. 2017): hold weights that matter to another dataset."""
+
+    dataset: Name
+    """Dataset with a prompt and an answer, or raw text, that must not be forgotten."""
+    coefficient: Annotated[float, Field(gt=0, le=1e9)] = 1.0
+    """Strength λ of ½λ·ΣF·Δ²; F is per token, so that 1 weighs as much as the dataset's own loss would."""
+    rows: Annotated[int, Field(ge=1, le=1000000)] = 256
+    """Rows, drawn by the seed, from which the Fisher diagonal F is taken at the stage's start."""
+
+
+class Kl(Contract):
+    """Hold the whole distribution of each token near the policy at the stage's start."""
+
+    coefficient: Annotated[float, Field(gt=0, le=1000)] = 0.1
+    """Factor on the mean of KL(start ‖ policy) over the tokens that carry loss."""
+
+
+class LikelihoodStage(TrainingStage):
+    """Fields of the stages that raise the likelihood of given tokens."""
+
+    rehearsal: Annotated[list[Rehearsal], Field(min_length=1, max_length=8)] | None = None
+    """Other datasets to mix in, against forgetting; an epoch remains a pass over `dataset`."""
+    ewc: Ewc | None = None
+    """Hold weights that matter to another dataset."""
+    kl: Kl | None = None
+    """Hold the answers near the policy at the stage's start; needs lora, whose adapter is switched off for it."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share ε of each label spread over the vocabulary. Absent: 0."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.kl is not None and self.lora is None:
+            raise ValueError(
+                "kl compares with the stage's start by switching the adapter off; set lora, or hold the weights with "
+                "ewc or training.l2sp instead"
+            )
+        shares = sum(item.share for item in self.rehearsal or ())
+        if shares >= 1:
+            raise ValueError(
+                f"rehearsal: the shares sum to {shares:g} and leave no room for dataset; keep them below 1"
+            )
+        return self
+
+
+class Pretrain(LikelihoodStage):
     """Continued pre-training: next-token loss on every token of raw text."""
 
     training: Training = Training(max_length=2048)
     """Optimisation parameters."""
 
 
-class Sft(TrainingStage):
+class Sft(LikelihoodStage):
     """Supervised fine-tuning on prompts and answers."""
 
     loss_on: Literal["completion", "all", "assistant"] = "completion"

@@ -9,7 +9,7 @@ from plumbline_api import layout
 from plumbline_api.names import FINALIZE, PREFLIGHT, job_name
 from plumbline_api.record import InputRef, RunRecord, StageRecord
 from plumbline_api.stagerun import StageInput, StageOutcome, StageRun
-from plumbline_api.stages import STAGE_TYPES
+from plumbline_api.stages import yields_of
 
 from plumbline_operator.snapshot import CPU_ONLY, StartStage
 
@@ -83,7 +83,7 @@ def _stage_input(record: RunRecord, ref: InputRef, fingerprints: Mapping[str, st
         return StageInput(
             role=ref.role,
             name=producer.name,
-            kind=STAGE_TYPES[producer.type].yields.value,
+            kind=yields_of(producer.type, producer.parameters).value,
             stage_type=producer.type,
             fingerprint=fingerprints[producer.name],
         )

@@ -194,7 +194,9 @@ def test_a_finished_pod_is_deleted_before_its_message_is_read(
     ]
     assert set(tenant.creates("jobs").values()) == {1}
     entry = stage_status(status, LONG_STAGE)
-    assert (entry["attempt"], entry["failures"], entry["cached"]) == (2, 0, False), "the Job that collects is the second"
+    assert (entry["attempt"], entry["failures"], entry["cached"]) == (2, 0, False), (
+        "the Job that collects is the second"
+    )
     metrics = {item["name"]: float(item["value"]) for item in entry["metrics"]}
     assert metrics["steps"] == LONG_STEPS, "the figures are those of the attempt whose message was lost"
     [result] = run.results(LONG_STAGE)

@@ -18,7 +18,7 @@ from plumbline_api.pipeline import AlignmentPipeline, Storage
 from plumbline_api.record import ExternalInput, PipelineIdentity, RunRecord, fingerprints
 from plumbline_api.resolve import resolve
 from plumbline_api.stagerun import STAGE_ENV, TERMINATION_LOG_ENV, StageInput, StageResult, StageRun
-from plumbline_api.stages import STAGE_TYPES
+from plumbline_api.stages import STAGE_TYPES, yields_of
 from plumbline_api.training import DEFAULT_LEARNING_RATES
 from plumbline_trainer.cgroups import available_cpus
 from plumbline_trainer.context import StageContext, StopSignal
@@ -164,7 +164,7 @@ def base_model(uri: str, role: str = "model") -> StageInput:
 
 def output_of(run: StageRun, role: str = "model") -> StageInput:
     """The input that stands for another stage's output."""
-    kind = STAGE_TYPES[run.type].yields
+    kind = yields_of(run.type, run.parameters)
     assert kind in (ArtifactKind.POLICY, ArtifactKind.REPORT)
     return StageInput(role=role, name=run.stage, kind=kind.value, stage_type=run.type, fingerprint=run.fingerprint)
 
@@ -247,7 +247,7 @@ class LocalPipeline:
                     StageInput(
                         role=ref.role,
                         name=producer.name,
-                        kind=STAGE_TYPES[producer.type].yields.value,
+                        kind=yields_of(producer.type, producer.parameters).value,
                         stage_type=producer.type,
                         fingerprint=found[producer.name],
                     )

@@ -73,9 +73,13 @@ def training_run(
     dtype: Any = "float32",
     form: str = "",
     stage: dict[str, Any] | None = None,
+    others: dict[str, str] | None = None,
     **training: Any,
 ) -> StageRun:
-    """A training stage on a tiny model and small data, both made under `folder` when they are not there yet."""
+    """A training stage on a tiny model and small data, both made under `folder` when they are not there yet.
+
+    `others` are further datasets by role, such as `rehearsal.0.dataset`, each with the kind of its rows.
+    """
     model = folder / f"model-{style}-{dtype}"
     if not model.exists():
         save_model(model, style, dtype=dtype)
@@ -87,11 +91,15 @@ def training_run(
         fields["lora"] = lora
     parameters = parameters_of(MODELS[type_].model_validate(fields), seed=seed)
     split = {"evaluation": evaluation, "test": 0.0}
+    inputs = [base_model(f"file://{model}"), external("dataset", uri, format=form, split=split)]
+    for number, (role, kind) in enumerate((others or {}).items()):
+        other = write_jsonl(folder / f"other-{number}.jsonl", rows_of(kind, rows, seed=100 + number))
+        inputs.append(external(role, other, name=f"other-{number}", format=kind, split={"evaluation": 0, "test": 0}))
     return stage_run(
         folder,
         type_,
         parameters=parameters,
-        inputs=[base_model(f"file://{model}"), external("dataset", uri, format=form, split=split)],
+        inputs=inputs,
         processes=processes,
         attempt=attempt,
     )

@@ -8,7 +8,7 @@ from plumbline_api.artifacts import ArtifactKind
 from plumbline_api.names import FINALIZE, PREFLIGHT
 from plumbline_api.record import RunRecord
 from plumbline_api.stagerun import StageOutcome
-from plumbline_api.stages import STAGE_TYPES
+from plumbline_api.stages import yields_of
 from plumbline_api.status import ModelOutput, PipelinePhase, StageStatus
 
 from plumbline_operator.policies.clock import parse_time, shorten
@@ -69,7 +69,11 @@ def last_model(record: RunRecord, entries: Mapping[str, StageStatus]) -> ModelOu
     """The last policy, in declared order, that a succeeded stage yielded."""
     for stage in reversed(record.stages):
         entry = entries[stage.name]
-        if entry.phase == "Succeeded" and entry.output and STAGE_TYPES[stage.type].yields is ArtifactKind.POLICY:
+        if (
+            entry.phase == "Succeeded"
+            and entry.output
+            and yields_of(stage.type, stage.parameters) is ArtifactKind.POLICY
+        ):
             return ModelOutput(stage=stage.name, uri=entry.output.uri, digest=entry.output.digest)
     return None
 

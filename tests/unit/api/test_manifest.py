@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from plumbline_api.check import check
 from plumbline_api.errors import ManifestError
+from plumbline_api.graph import start_of
 from plumbline_api.pipeline import AlignmentPipeline
 from plumbline_api.runtime import AlignmentRuntime
 from support.pipelines import DATASETS, STAGES, pipeline_body, runtime_body
@@ -25,6 +26,13 @@ def stages_with(index: int, **changes: Any) -> list[dict[str, Any]]:
     stages = [dict(stage) for stage in STAGES]
     stages[index] = {**stages[index], **changes}
     return stages
+
+
+def test_a_range_test_is_no_start_for_what_follows() -> None:
+    probe = {"name": "probe", "sft": {"dataset": "tickets", "training": {"rangeTest": {}}}}
+    pipeline = AlignmentPipeline.parse(pipeline_body(stages=[STAGES[0], probe, *STAGES[1:]]))
+    assert check(pipeline) == []
+    assert start_of(pipeline.spec, 2) == "domain"
 
 
 def test_a_full_pipeline_fits() -> None:
@@ -72,6 +80,51 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         [
             'spec.stages[5].model: "exam" (evaluate) yields a report; a policy is needed here. Stages that fit: domain, sft, dpo, final'
         ],
+    ),
+    "a range test as a policy": (
+        {
+            "stages": [
+                STAGES[0],
+                {"name": "sft", "sft": {"dataset": "tickets", "training": {"rangeTest": {"from": 1e-6, "to": 0.1}}}},
+                {"name": "dpo", "model": "sft", "dpo": {"dataset": "prefs"}},
+            ]
+        },
+        ['spec.stages[2].model: "sft" (sft) yields a report; a policy is needed here. Stages that fit: domain'],
+    ),
+    "early stopping without an evaluation split": (
+        {
+            "stages": stages_with(
+                1, sft={"dataset": "tickets", "training": {"earlyStopping": {}, "evaluateEverySteps": 5}}
+            )
+        },
+        [
+            'spec.stages[1].sft.training.earlyStopping: "tickets" has no evaluation split to compare on. '
+            "Set spec.datasets[1].split.evaluation (such as 0.1)"
+        ],
+    ),
+    "early stopping without evaluations on the way": (
+        {"stages": stages_with(2, dpo={"dataset": "prefs", "training": {"earlyStopping": {}}})},
+        ["spec.stages[2].dpo.training: earlyStopping compares evaluations on the way; set evaluateEverySteps as well"],
+    ),
+    "a field of another schedule": (
+        {"stages": stages_with(2, dpo={"dataset": "prefs", "training": {"schedule": {"cycles": 3}}})},
+        [
+            "spec.stages[2].dpo.training.schedule: cycles belongs to type cosineRestarts, not to linear; leave it out "
+            "or change type"
+        ],
+    ),
+    "rehearsal of pairs": (
+        {"stages": stages_with(1, sft={"dataset": "tickets", "rehearsal": [{"dataset": "prefs", "share": 0.1}]})},
+        [
+            'spec.stages[1].sft.rehearsal[0].dataset: "prefs" holds preference rows (prompt, chosen, rejected); sft '
+            "needs instruction rows (context, response) or dialogues (USER: … ASSISTANT: …) or instruction rows "
+            "(instruction, input, output) or chats (messages with role and content) or instruction rows (prompt, "
+            "completion) or raw text. Datasets that fit: manuals, tickets"
+        ],
+    ),
+    "ewc on a dataset that is not there": (
+        {"stages": stages_with(1, sft={"dataset": "tickets", "ewc": {"dataset": "manual"}})},
+        ['spec.stages[1].sft.ewc.dataset: there is no dataset "manual". Did you mean manuals?'],
     ),
     "cycle": (
         {"stages": stages_with(0, model="dpo")},

@@ -5,20 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 from plumbline_trainer.engine import logprobs
-from plumbline_trainer.engine.logprobs import Head, token_log_probabilities
+from plumbline_trainer.engine.logprobs import Head, token_divergences, token_log_probabilities
 from torch.utils._python_dispatch import TorchDispatchMode
 
 N, D, V = 53, 16, 300
 
 
-def by_definition(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
+def logs_by_definition(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     logits = hidden @ head.weight.t()
     if head.bias is not None:
         logits = logits + head.bias
     logits = logits * head.scale
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
-    return torch.log_softmax(logits, -1).gather(1, targets[:, None]).squeeze(1)
+    return torch.log_softmax(logits, -1)
+
+
+def by_definition(hidden: torch.Tensor, targets: torch.Tensor, head: Head, smoothing: float = 0.0) -> torch.Tensor:
+    labels = (1 - smoothing) * torch.nn.functional.one_hot(targets, V) + smoothing / V
+    return (labels * logs_by_definition(hidden, head)).sum(-1)
 
 
 @pytest.fixture(autouse=True)
@@ -34,21 +39,23 @@ def make(bias: bool, scale: float, softcap: float | None, *, trained: bool) -> t
     return hidden, torch.randint(V, (N,), generator=rng), Head(weight, offset, scale, softcap)
 
 
+HEADS = [(False, 1.0, None), (True, 1.0, None), (True, 0.25, None), (True, 2.0, 5.0)]
+
+
 @pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize(
-    ("bias", "scale", "softcap"), [(False, 1.0, None), (True, 1.0, None), (True, 0.25, None), (True, 2.0, 5.0)]
-)
-def test_value_and_gradient(trained: bool, bias: bool, scale: float, softcap: float | None) -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize(("bias", "scale", "softcap"), HEADS)
+def test_value_and_gradient(trained: bool, smoothing: float, bias: bool, scale: float, softcap: float | None) -> None:
     hidden, targets, head = make(bias, scale, softcap, trained=trained)
     inputs = [t for t in (hidden, head.weight, head.bias) if t is not None and t.requires_grad]
     factors = torch.randn(N, generator=torch.Generator().manual_seed(6))
 
-    found = token_log_probabilities(hidden, targets, head)
+    found = token_log_probabilities(hidden, targets, head, smoothing)
     gradients = torch.autograd.grad((factors * found).sum(), inputs)
 
     exact = [t.detach().double().requires_grad_(t.requires_grad) for t in (hidden, head.weight)]
     exact_bias = None if head.bias is None else head.bias.detach().double().requires_grad_(head.bias.requires_grad)
-    expected = by_definition(exact[0], targets, Head(exact[1], exact_bias, scale, softcap))
+    expected = by_definition(exact[0], targets, Head(exact[1], exact_bias, scale, softcap), smoothing)
     wanted = torch.autograd.grad(
         (factors.double() * expected).sum(), [t for t in (*exact, exact_bias) if t is not None and t.requires_grad]
     )
@@ -56,6 +63,39 @@ def test_value_and_gradient(trained: bool, bias: bool, scale: float, softcap: fl
     assert len(gradients) == len(wanted)
     for gradient, want in zip(gradients, wanted, strict=True):
         assert (gradient.double() - want).norm() <= 1e-5 * want.norm()
+
+
+def test_smoothing_by_hand() -> None:
+    """Two tokens of p = (0.8, 0.2), label 0, ε = 0.1: 0.95·ln 0.8 + 0.05·ln 0.2."""
+    weight = torch.tensor([[1.3862943611198906], [0.0]])
+    found = token_log_probabilities(torch.ones(1, 1), torch.tensor([0]), Head(weight), 0.1)
+    assert found.item() == pytest.approx(0.95 * -0.2231435513 + 0.05 * -1.6094379124, abs=1e-6)
+    entropy = torch.nn.functional.cross_entropy(weight.t(), torch.tensor([0]), label_smoothing=0.1)
+    assert found.item() == pytest.approx(-entropy.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("bias", "scale", "softcap"), HEADS)
+def test_divergence_and_its_gradient(bias: bool, scale: float, softcap: float | None) -> None:
+    hidden, _, head = make(bias, scale, softcap, trained=False)
+    reference = hidden.detach() + 0.3 * torch.randn(N, D, generator=torch.Generator().manual_seed(7))
+    factors = torch.randn(N, generator=torch.Generator().manual_seed(6))
+    found = token_divergences(hidden, reference, head)
+    (gradient,) = torch.autograd.grad((factors * found).sum(), [hidden])
+
+    exact = hidden.detach().double().requires_grad_()
+    double = Head(head.weight.double(), None if head.bias is None else head.bias.double(), scale, softcap)
+    wanted = logs_by_definition(reference.double(), double)
+    expected = (wanted.exp() * (wanted - logs_by_definition(exact, double))).sum(-1)
+    (want,) = torch.autograd.grad((factors.double() * expected).sum(), [exact])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    assert (gradient.double() - want).norm() <= 1e-5 * want.norm()
+
+
+def test_divergence_by_hand() -> None:
+    """q = (½, ½), p = (0.8, 0.2): ½ ln(0.5/0.8) + ½ ln(0.5/0.2) = ½ ln 1.5625; none of a policy from itself."""
+    weight = torch.tensor([[1.3862943611198906], [0.0]])
+    found = token_divergences(torch.ones(2, 1), torch.tensor([[0.0], [1.0]]), Head(weight))
+    assert found.tolist() == pytest.approx([0.2231435513, 0.0], abs=1e-6)
 
 
 def test_same_values_with_and_without_gradient() -> None:

@@ -45,6 +45,46 @@ def test_visited_rows() -> None:
     assert plan_steps(IDS, seed=7, global_batch=4, epochs=3, max_steps=4).visited() == tuple(range(10))
 
 
+OTHERS = [f"old-{number}" for number in range(6)]
+
+
+def test_rehearsed_rows_stand_in_every_step_by_their_share() -> None:
+    """Ten own rows and a fifth of all from elsewhere: 10 · 0.2 / 0.8 = 2.5, rounded to 2 per epoch."""
+    plan = plan_steps(IDS, seed=7, global_batch=6, epochs=2, max_steps=None, rehearsal=[(OTHERS, 0.2)])
+    assert plan.rows_per_epoch == 12
+    assert plan.steps == 4
+    for step in range(4):
+        rows = plan.rows(step)
+        assert len(rows) == 6
+        assert sum(row >= 10 for row in rows) == 1
+    own = [row for step in (0, 1) for row in plan.rows(step) if row < 10]
+    assert sorted(own) == list(range(10)), "an epoch is still a pass over the own rows"
+
+
+def test_rehearsal_goes_on_where_the_last_epoch_ended() -> None:
+    plan = plan_steps(IDS, seed=7, global_batch=5, epochs=6, max_steps=None, rehearsal=[(OTHERS, 1 / 3), (IDS, 1 / 3)])
+    assert plan.rows_per_epoch == 30
+    taken = [row for step in range(plan.steps) for row in plan.rows(step)]
+    old = [row - 10 for row in taken if 10 <= row < 16]
+    assert len(old) == 60
+    assert [old.count(row) for row in range(6)] == [10] * 6, "each equally often"
+    first = epoch_order(tuple(OTHERS), 7, 0)
+    assert tuple(old[:6]) == first
+    assert plan.visited() == tuple(range(26))
+
+
+def test_own_order_does_not_depend_on_what_is_mixed_in() -> None:
+    plain = plan_steps(IDS, seed=7, global_batch=4, epochs=1, max_steps=None)
+    mixed = plan_steps(IDS, seed=7, global_batch=4, epochs=1, max_steps=None, rehearsal=[(OTHERS, 0.3)])
+    own = [row for step in range(mixed.steps) for row in mixed.rows(step) if row < 10]
+    assert own == [row for step in range(plain.steps) for row in plain.rows(step)]
+
+
+def test_visited_with_rehearsal() -> None:
+    plan = plan_steps(IDS, seed=7, global_batch=4, epochs=3, max_steps=2, rehearsal=[(OTHERS, 0.2)])
+    assert plan.visited() == tuple(sorted({*plan.rows(0), *plan.rows(1)}))
+
+
 def test_random_keys_differ_by_purpose() -> None:
     assert random_key(1, "dropout", 3) == random_key(1, "dropout", 3)
     assert len({random_key(1, "dropout", 3), random_key(1, "order", 3), random_key(2, "dropout", 3)}) == 3

@@ -29,7 +29,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_model(tmp_path_factory.mktemp("model") / "base")
 
 
-def pipeline(folder: Path, model: Path, stages: list[dict[str, Any]] | None = None, **q: Any) -> LocalPipeline:
+def pipeline(
+    folder: Path,
+    model: Path,
+    stages: list[dict[str, Any]] | None = None,
+    *,
+    others: tuple[dict[str, Any], ...] = (),
+    **q: Any,
+) -> LocalPipeline:
     if not (folder / "q.jsonl").exists():
         write_jsonl(folder / "q.jsonl", rows())
         write_jsonl(folder / "p.jsonl", pairs())
@@ -37,6 +44,7 @@ def pipeline(folder: Path, model: Path, stages: list[dict[str, Any]] | None = No
     datasets = [
         {"name": "q", "source": f"file://{folder}/q.jsonl", "split": {"test": 0.2}} | q,
         {"name": "p", "source": f"file://{folder}/p.jsonl", "split": {"test": 0.2}},
+        *others,
     ]
     body = {
         "apiVersion": "plumbline.dev/v1alpha1",
@@ -201,6 +209,57 @@ def test_an_empty_split_is_named_with_the_remedy(tmp_path: Path, model: Path) ->
     )
     assert "(3 rows: 3 in train)" in result.message
     assert "datasets[].split.test" in result.message
+
+
+def test_rehearsal_and_ewc_are_read_and_counted(tmp_path: Path, model: Path) -> None:
+    """A quarter of rehearsed rows makes an epoch a third longer; their prompts count as trained on."""
+    training = {"globalBatch": 8, "maxLength": 64}
+    old = {"name": "old", "source": f"file://{tmp_path}/old.jsonl", "format": "instruction"}
+    write_jsonl(tmp_path / "old.jsonl", rows(30, start=5))
+    stages: list[dict[str, Any]] = [
+        {
+            "name": "sft",
+            "sft": {
+                "dataset": "q",
+                "rehearsal": [{"dataset": "old", "share": 0.25}],
+                "ewc": {"dataset": "old"},
+                "training": training,
+            },
+        },
+        {"name": "exam", "evaluate": {"suites": [{"perplexity": {"dataset": "q"}}]}},
+    ]
+    made = pipeline(tmp_path, model, stages, others=(old,))
+    result, code = preflight(made)
+    assert code == 0, result
+    assert [item.role for item in made.stage("sft").inputs] == [
+        "model",
+        "dataset",
+        "rehearsal.0.dataset",
+        "ewc.dataset",
+    ]
+    plan = plan_of(made)
+    own = next(item for item in plan["datasets"] if item["name"] == "q")["splits"]["train"]["rows"]
+    assert plan["stages"][0]["estimate"]["steps"] == -(-(own + round(own / 3)) // 8)
+    assert [leak["trained"] for leak in plan["leaks"]] == ["old"]
+
+
+def test_pairs_cannot_be_rehearsed(tmp_path: Path, model: Path) -> None:
+    """Nor where only reading them shows that they are pairs."""
+    sft = {"dataset": "q", "rehearsal": [{"dataset": "p", "share": 0.25}]}
+    result, code = preflight(pipeline(tmp_path, model, [{"name": "sft", "sft": sft}]))
+    assert code == 2
+    assert result.message.startswith('spec.stages[0].sft.rehearsal[0].dataset: "p" holds preference rows')
+
+
+def test_early_stopping_without_an_evaluation_row_is_named(tmp_path: Path, model: Path) -> None:
+    sft = {"dataset": "q", "training": {"earlyStopping": {}, "evaluateEverySteps": 2}}
+    made = pipeline(tmp_path, model, [{"name": "sft", "sft": sft}], split={"evaluation": 0.0001})
+    result, code = preflight(made)
+    assert code == 2
+    assert result.message.startswith(
+        'spec.stages[0].sft.training.earlyStopping: "q" has no rows in its evaluation split'
+    )
+    assert "datasets[].split.evaluation" in result.message
 
 
 def test_bad_rows_are_named_or_counted(tmp_path: Path, model: Path) -> None:

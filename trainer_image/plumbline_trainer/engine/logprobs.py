@@ -49,22 +49,39 @@ def head_of(model: PreTrainedModel) -> Head | None:
     return Head(weight=layer.weight, bias=layer.bias, scale=scale, softcap=None if softcap is None else float(softcap))
 
 
-def token_log_probabilities(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
-    """log p(target) at each position.
+def token_log_probabilities(hidden: Tensor, targets: Tensor, head: Head, smoothing: float = 0.0) -> Tensor:
+    """log p(target) at each position; with smoothing ε the mean of log p under (1 − ε)·onehot + ε/V.
 
     Args:
         hidden: [N, d] outputs of the last layer that predict the targets.
         targets: [N] token ids.
         head: The output head; its weights get a gradient only if they ask for one.
+        smoothing: ε (Szegedy et al. 2016, section 7).
 
     Returns:
         [N] float32.
     """
     needs_weights = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
     if torch.is_grad_enabled() and needs_weights:
-        result = _TrainedHead.apply(hidden, head.weight, head.bias, targets, head)
+        result = _TrainedHead.apply(hidden, head.weight, head.bias, targets, head, smoothing)
     else:
-        result = _FrozenHead.apply(hidden, targets, head)
+        result = _FrozenHead.apply(hidden, targets, head, smoothing)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def token_divergences(hidden: Tensor, reference: Tensor, head: Head) -> Tensor:
+    """KL(π_ref ‖ π) = Σ_v q_v·(log q_v − log p_v) over the whole vocabulary at each position; ∂/∂z = p − q.
+
+    Args:
+        hidden: [N, d] outputs of the last layer under the policy; they alone get a gradient.
+        reference: [N, d] the same under the reference.
+        head: The output head of both, which is frozen.
+
+    Returns:
+        [N] float32.
+    """
+    result = _Divergence.apply(hidden, reference, head)
     assert isinstance(result, Tensor)
     return result
 
@@ -81,24 +98,30 @@ def _logits(hidden: Tensor, head: Head, weight: Tensor, bias: Tensor | None) -> 
     return logits
 
 
-def _normalise(logits: Tensor, targets: Tensor, *, keep_logits: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of the targets [C], exp(z − max z) [C, V] and its row sums [C, 1].
+def _normalise(
+    logits: Tensor, targets: Tensor, smoothing: float, *, keep_logits: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of the (smoothed) targets [C], exp(z − max z) [C, V] and its row sums [C, 1].
 
     The sums are taken by `sum`, which adds pairwise: the running sum inside a fused softmax drifts by several 1e-6 over
     a large vocabulary, the same way for every token, and preference losses add that up. The logits are
     overwritten unless they are to be kept.
     """
     chosen = logits.gather(1, targets[:, None])
+    if smoothing:
+        chosen = (1.0 - smoothing) * chosen + smoothing * logits.mean(dim=1, keepdim=True)
     highest = logits.amax(dim=1, keepdim=True)
     powers = (logits - highest if keep_logits else logits.sub_(highest)).exp_()
     sums = powers.sum(dim=1, keepdim=True)
     return (chosen - highest - sums.log()).squeeze(1), powers, sums
 
 
-def _logit_gradient(powers: Tensor, sums: Tensor, targets: Tensor, factor: Tensor | None) -> Tensor:
-    """∂ log p(target) / ∂ logits = onehot − p, times a factor per token; overwrites the powers."""
+def _logit_gradient(powers: Tensor, sums: Tensor, targets: Tensor, smoothing: float, factor: Tensor | None) -> Tensor:
+    """∂ log p(target) / ∂ logits = (1 − ε)·onehot + ε/V − p, times a factor per token; overwrites the powers."""
     gradient = powers.div_(-sums)
-    gradient.scatter_add_(1, targets[:, None], torch.ones_like(sums))
+    if smoothing:
+        gradient += smoothing / gradient.shape[1]
+    gradient.scatter_add_(1, targets[:, None], torch.full_like(sums, 1.0 - smoothing))
     if factor is not None:
         gradient *= factor[:, None]
     return gradient
@@ -120,8 +143,9 @@ class _FrozenHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, smoothing: float) -> Tensor:
         keep = ctx.needs_input_grad[0]
+        average = head.weight.float().mean(dim=0) if keep and smoothing else None
         result = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         slopes = torch.empty_like(hidden) if keep else None
         for start in range(0, len(targets), head.chunk):
@@ -129,16 +153,92 @@ class _FrozenHead(torch.autograd.Function):
             chosen = targets[part]
             logits = _logits(hidden[part], head, head.weight, head.bias)
             capped = head.softcap is not None and slopes is not None
-            result[part], powers, sums = _normalise(logits, chosen, keep_logits=capped)
+            result[part], powers, sums = _normalise(logits, chosen, smoothing, keep_logits=capped)
             if slopes is None:
                 continue
             if capped:
-                gradient = _through_cap(_logit_gradient(powers, sums, chosen, None), logits, head)
+                gradient = _through_cap(_logit_gradient(powers, sums, chosen, smoothing, None), logits, head)
                 slopes[part] = (gradient.to(head.weight.dtype) @ head.weight).to(slopes.dtype)
             else:
-                # (onehot − powers/sums)·W without a further pass over [C, V]
+                # (target − powers/sums)·W without a further pass over [C, V]
                 expected = (powers.to(head.weight.dtype) @ head.weight).float() / sums
-                slopes[part] = ((head.weight[chosen].float() - expected) * head.scale).to(slopes.dtype)
+                wanted = head.weight[chosen].float()
+                if average is not None:
+                    wanted = (1.0 - smoothing) * wanted + smoothing * average
+                slopes[part] = ((wanted - expected) * head.scale).to(slopes.dtype)
+        if slopes is not None:
+            ctx.save_for_backward(slopes)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return (slopes * upstream[0][:, None]).to(slopes.dtype), None, None, None
+
+
+class _TrainedHead(torch.autograd.Function):
+    """The head is trained: its gradient needs the factor of each token, so the backward pass computes chunks again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        head: Head,
+        smoothing: float,
+    ) -> Tensor:
+        ctx.head, ctx.smoothing = head, smoothing
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        result = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(targets), head.chunk):
+            part = slice(start, start + head.chunk)
+            logits = _logits(hidden[part], head, weight, bias)
+            result[part] = _normalise(logits, targets[part], smoothing, keep_logits=False)[0]
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        head: Head = ctx.head
+        smoothing: float = ctx.smoothing
+        to_hidden = torch.empty_like(hidden)
+        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        to_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        for start in range(0, len(targets), head.chunk):
+            part = slice(start, start + head.chunk)
+            logits = _logits(hidden[part], head, weight, bias)
+            _, powers, sums = _normalise(logits, targets[part], smoothing, keep_logits=head.softcap is not None)
+            gradient = _logit_gradient(powers, sums, targets[part], smoothing, upstream[0][part])
+            gradient = _through_cap(gradient, logits, head)
+            gradient = gradient.to(weight.dtype)
+            to_hidden[part] = (gradient @ weight).to(hidden.dtype)
+            if to_weight is not None:
+                to_weight.addmm_(gradient.t(), hidden[part].to(weight.dtype))
+            if to_bias is not None:
+                to_bias += gradient.sum(dim=0)
+        return to_hidden, to_weight, to_bias, None, None, None
+
+
+class _Divergence(torch.autograd.Function):
+    """As with `_FrozenHead`, the forward pass keeps the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, reference: Tensor, head: Head) -> Tensor:
+        result = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        size = max(head.chunk // 2, 1)  # two sets of logits at a time
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            logits = _logits(hidden[part], head, head.weight, head.bias)
+            wanted = torch.log_softmax(_logits(reference[part], head, head.weight, head.bias), dim=1)
+            found = torch.log_softmax(logits, dim=1)
+            shares = wanted.exp()
+            result[part] = (shares * (wanted - found)).sum(dim=1)
+            if slopes is not None:
+                gradient = _through_cap(found.exp_().sub_(shares), logits, head)
+                slopes[part] = (gradient.to(head.weight.dtype) @ head.weight).to(slopes.dtype)
         if slopes is not None:
             ctx.save_for_backward(slopes)
         return result
@@ -147,39 +247,3 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
         (slopes,) = ctx.saved_tensors
         return (slopes * upstream[0][:, None]).to(slopes.dtype), None, None
-
-
-class _TrainedHead(torch.autograd.Function):
-    """The head is trained: its gradient needs the factor of each token, so the backward pass computes chunks again."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head) -> Tensor:
-        ctx.head = head
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        result = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(targets), head.chunk):
-            part = slice(start, start + head.chunk)
-            logits = _logits(hidden[part], head, weight, bias)
-            result[part] = _normalise(logits, targets[part], keep_logits=False)[0]
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
-        hidden, weight, bias, targets = ctx.saved_tensors
-        head: Head = ctx.head
-        to_hidden = torch.empty_like(hidden)
-        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        to_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        for start in range(0, len(targets), head.chunk):
-            part = slice(start, start + head.chunk)
-            logits = _logits(hidden[part], head, weight, bias)
-            _, powers, sums = _normalise(logits, targets[part], keep_logits=head.softcap is not None)
-            gradient = _logit_gradient(powers, sums, targets[part], upstream[0][part])
-            gradient = _through_cap(gradient, logits, head)
-            gradient = gradient.to(weight.dtype)
-            to_hidden[part] = (gradient @ weight).to(hidden.dtype)
-            if to_weight is not None:
-                to_weight.addmm_(gradient.t(), hidden[part].to(weight.dtype))
-            if to_bias is not None:
-                to_bias += gradient.sum(dim=0)
-        return to_hidden, to_weight, to_bias, None, None

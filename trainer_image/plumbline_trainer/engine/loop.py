@@ -13,12 +13,16 @@ from plumbline_api.training import Training
 from plumbline_trainer.context import StageContext
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.distributed import Ranks
-from plumbline_trainer.engine.objective import LooksAhead, Objective, row_tokens
+from plumbline_trainer.engine.layers import layer_depths
+from plumbline_trainer.engine.objective import LooksAhead, Objective, row_tokens, token_weights
 from plumbline_trainer.engine.optimizer import Optimizer, named_trainables
 from plumbline_trainer.engine.packing import PackedBatch, pack, packed_length
 from plumbline_trainer.engine.pathcheck import choose_path
+from plumbline_trainer.engine.penalties import L2Sp, Penalty, displacements
+from plumbline_trainer.engine.range_test import diverges
 from plumbline_trainer.engine.schedule import StepPlan, cut_step, fill_batches, random_key
 from plumbline_trainer.engine.scorer import Scorer
+from plumbline_trainer.engine.selection import Selection
 from plumbline_trainer.engine.state import TrainingState, read_progress, read_state, write_state
 from plumbline_trainer.errors import InputError, Interrupted
 from plumbline_trainer.storage.checkpoints import (
@@ -55,18 +59,27 @@ class TrainingRun:
             training: Optimisation parameters.
         """
         self.context, self.ranks, self.scorer = context, ranks, scorer
+        if training.range_test is not None:
+            plan = dataclasses.replace(plan, steps=training.range_test.steps)
         self.plan, self.rows, self.training = plan, rows, training
         self.trainables = named_trainables(scorer.model)
-        self.optimizer = Optimizer(self.trainables, training, plan.steps)
+        depths = None if training.layer_decay is None else layer_depths(scorer.model)
+        self.optimizer = Optimizer(self.trainables, training, plan.steps, depths)
+        self.penalties: list[Penalty] = []
+        """What is added to the loss of the rows; a stage may add its own before it trains."""
+        if training.l2sp is not None:
+            self.penalties.append(L2Sp(training.l2sp, displacements(scorer.model, self.trainables).values()))
         self._checkpoint: Checkpoint | None = load_latest_checkpoint(context)
         found = self._checkpoint
         if not ranks.same(found.step if found is not None else -1):
             raise RuntimeError("ranks found different checkpoints; the next attempt reads them again")
         self.state = TrainingState() if found is None else read_progress(found.folder)
+        self.selection = Selection(training, self.state, context.scratch / "selected")
         self.first_step = self.state.step
         self.tokens_here = 0
         """Tokens of this attempt."""
         self._committed_step = self.state.step
+        self._label_smoothing = self._kl = 0.0
         self._decide_path()
 
     def _decide_path(self) -> None:
@@ -91,30 +104,63 @@ class TrainingRun:
         """Take up weights, moments and schedule of the checkpoint, if there is one."""
         if self._checkpoint is not None:
             read_state(self._checkpoint.folder, self.trainables, self.optimizer)
+            if self.ranks.is_main:
+                self.selection.take_from(self._checkpoint.folder)
 
-    def train(self, objective: Objective, held_out: Sequence[Encoded]) -> None:
+    def train(
+        self, objective: Objective, held_out: Sequence[Encoded], *, label_smoothing: float = 0.0, kl: float = 0.0
+    ) -> None:
         """Take all steps that are left, evaluate, write checkpoints.
+
+        Args:
+            objective: What is minimised.
+            held_out: Rows to evaluate on.
+            label_smoothing: Of the labels of every step; evaluations are never smoothed.
+            kl: Coefficient of the mean KL(π_ref ‖ π) over scored tokens, the reference being the adapter switched off.
+                For objectives that are means over tokens.
 
         Raises:
             Interrupted: on SIGTERM, once a checkpoint is committed.
-            InputError: if the loss or the gradient is no longer finite.
+            InputError: if the loss or the gradient is no longer finite; if something is to be selected and nothing is
+                held out.
         """
-        while True:
+        self._label_smoothing, self._kl = label_smoothing, kl
+        if kl and (odd := [name for name in self.trainables if ".lora_" not in name]):
+            raise InputError(
+                f"kl: {odd[0]} is trained beside the adapter, so that switching the adapter off does not give the "
+                "start back; train the adapter alone, or leave kl out"
+            )
+        needs = self.training.needs_evaluation
+        if needs is not None and not held_out:
+            raise InputError(
+                f"training.{needs}: no held-out row to compare on. Set split.evaluation of the stage's dataset (such "
+                "as 0.1), or leave the field out"
+            )
+        while not self.state.ended:
             step = self.state.step
             if held_out and self._evaluation_due(step):
-                self._evaluate(objective, held_out)
+                means = self._evaluate(objective, held_out)
+                if self.selection.observe(means, self.trainables, writes=self.ranks.is_main):
+                    break
             if step == self.plan.steps:
                 break
             self.leave_if_stopped()
             self._take_step(objective)
             if self.state.step % self.training.checkpoint_every_steps == 0 and self.state.step < self.plan.steps:
                 self._save()
+        if self.state.ended:
+            self._announce(f"stopped after step {self.state.step} of {self.plan.steps}: {self.state.ended}")
+        if self.state.selected and self.ranks.is_main:
+            self._announce(f"the output is the weights after step {self.state.selected['step']:.0f}")
+            self.selection.put_back(self.trainables)
         wait_for_uploads(self.context)
         self.ranks.wait()
 
     def _evaluation_due(self, step: int) -> bool:
         every = self.training.evaluate_every_steps
         due = step in (0, self.plan.steps) or (every is not None and step % every == 0)
+        if self.training.range_test is not None:
+            return False
         return due and self.state.evaluated != step
 
     def leave_if_stopped(self) -> None:
@@ -132,18 +178,21 @@ class TrainingRun:
         raise Interrupted(self.state.step)
 
     def figures(self) -> dict[str, float]:
-        """Figures at the end, at most 15: means over the last steps, evaluations, totals."""
+        """Figures at the end, at most 17: means over the last steps, evaluations, totals."""
         recent = self.state.recent
         # Not every step has every figure: a batch may hold answers of one kind only.
         found = {name: [item[name] for item in recent if name in item] for item in recent for name in item}
         means = {name: sum(values) / len(values) for name, values in found.items()}
-        latest, start, best = self.state.latest, self.state.start, self.state.best
+        # The figures of a stage are those of the weights that it yields.
+        latest, start, best = self.state.selected or self.state.latest, self.state.start, self.state.best
         known = {
             "loss": means.get("loss"),
             "evalLoss": latest.get("evalLoss"),
             "evalLossStart": start.get("evalLoss"),
             "evalLossBest": best.get("evalLoss"),
             "evalLossBestStep": best.get("step"),
+            "selectedStep": self.state.selected.get("step"),
+            "stoppedEarly": float(bool(self.state.ended)) if self.training.early_stopping is not None else None,
             "rewardAccuracy": means.get("rewardAccuracy"),
             "rewardMargin": means.get("rewardMargin"),
             "evalRewardAccuracy": latest.get("evalRewardAccuracy"),
@@ -153,6 +202,8 @@ class TrainingRun:
             "tokens": float(self.state.tokens),
             "tokensPerSecond": means.get("tokensPerSecond"),
             "gradientNorm": means.get("gradientNorm"),
+            "kl": means.get("kl"),
+            **{penalty.name: means.get(penalty.name) for penalty in self.penalties},
             "plainPath": float(self.state.path == "plain"),
         }
         return {name: value for name, value in known.items() if value is not None}
@@ -164,8 +215,11 @@ class TrainingRun:
             objective.look_ahead(rows)
         means = self._accumulate(objective, rows)
         rate = self.optimizer.learning_rate
-        norm = self.optimizer.step(self.ranks)
-        if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
+        norm = self.optimizer.step(self.ranks, self.penalties)
+        finite = math.isfinite(means["loss"]) and math.isfinite(norm)
+        if self.training.range_test is not None:
+            self._sweep(rate, means["loss"], finite=finite)
+        elif not finite:
             raise InputError(
                 f"step {step + 1}: the loss is {means['loss']}, the gradient norm {norm}; training diverged. "
                 "Lower training.learningRate or set training.precision: float32",
@@ -176,9 +230,17 @@ class TrainingRun:
         self.state.tokens += tokens
         self.tokens_here += tokens
         seconds = time.monotonic() - started
+        means |= self.optimizer.penalties
         record = {**means, "learningRate": rate, "gradientNorm": norm, "tokensPerSecond": tokens / max(seconds, 1e-9)}
         self.state.recent = [*self.state.recent, record][-RECENT:]
         self._report(record)
+
+    def _sweep(self, rate: float, loss: float, *, finite: bool) -> None:
+        """Note a step of a range test; where the loss runs away the stage has seen enough."""
+        if finite:
+            self.state.sweep.append([rate, loss])
+        if not finite or diverges([loss for _, loss in self.state.sweep]):
+            self.state.ended = f"the loss diverged at a learning rate of {rate:.2g}"
 
     def _accumulate(self, objective: Objective, rows: Sequence[Encoded]) -> dict[str, float]:
         """Gradients of a step's mean loss on this rank's share, and the step's means over all ranks."""
@@ -190,11 +252,19 @@ class TrainingRun:
             # Only an adapter's dropout draws from it.
             torch.manual_seed(random_key(self.plan.seed, "dropout", self.state.step, self.ranks.rank, number))
             batch = pack([rows[index] for index in members] or [dummy_of(rows[0])], self.ranks.device)
-            found = objective.sums(batch, self.scorer(batch))
-            torch.autograd.backward(found["loss"] / size)
+            found = self._sums(objective, batch)
+            torch.autograd.backward((found["loss"] + self._kl * found.get("kl", 0.0)) / size)
             for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
         return {name: value / size for name, value in self.ranks.sum_floats(sums).items()}
+
+    def _sums(self, objective: Objective, batch: PackedBatch) -> dict[str, torch.Tensor]:
+        """Loss and figures of a micro-batch, with `kl` beside them where it is asked for."""
+        if not self._kl:
+            smoothed = (self._label_smoothing,) if self._label_smoothing else ()
+            return objective.sums(batch, self.scorer(batch, *smoothed))
+        scores, divergences = self.scorer.with_divergence(batch, self._label_smoothing)
+        return {**objective.sums(batch, scores), "kl": (token_weights(batch) * divergences).sum()}
 
     def _evaluate(self, objective: Objective, rows: Sequence[Encoded]) -> dict[str, float]:
         """Means over held-out rows, under names that begin with `eval`; they become the latest, perhaps the best."""
@@ -241,6 +311,10 @@ class TrainingRun:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
             self.context.log.info("step %d/%d  %s", step, steps, shown)
 
+    def _announce(self, message: str) -> None:
+        if self.ranks.is_main:
+            self.context.log.info("%s", message)
+
     def _tell(self, message: str) -> None:
         if self.ranks.is_main:
             self.context.progress.update(self.state.step, self.plan.steps, message)
@@ -253,6 +327,7 @@ class TrainingRun:
             wait_for_uploads(self.context)
             folder = self.context.scratch / "saving" / str(step)
             write_state(folder, self.state, self.trainables, self.optimizer)
+            self.selection.keep_in(folder)
             save_checkpoint(self.context, step, folder, {"step": step})
         self._committed_step = step
 

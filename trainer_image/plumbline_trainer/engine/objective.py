@@ -58,10 +58,7 @@ class TokenLikelihood:
 
     def sums(self, batch: PackedBatch, scores: Tensor) -> dict[str, Tensor]:
         """Only the loss."""
-        counts = torch.tensor([len(answer.scored) for answer in batch.answers], device=scores.device)
-        owners = torch.tensor([answer.row for answer in batch.answers], device=scores.device)
-        weights = batch.weights[owners].repeat_interleave(counts)
-        return {"loss": negative_log_likelihood(scores, weights)}
+        return {"loss": negative_log_likelihood(scores, token_weights(batch))}
 
 
 class PairPreference:
@@ -96,6 +93,14 @@ class PairPreference:
             }
             sums = {name: (weights * values).sum() for name, values in figures.items()}
         return {"loss": (weights * losses).sum(), **sums}
+
+
+def token_weights(batch: PackedBatch) -> Tensor:
+    """Weight of each scored token, [N]: that of its row."""
+    device = batch.weights.device
+    counts = torch.tensor([len(answer.scored) for answer in batch.answers], device=device)
+    owners = torch.tensor([answer.row for answer in batch.answers], device=device)
+    return batch.weights[owners].repeat_interleave(counts)
 
 
 def pair_answers(batch: PackedBatch) -> tuple[Tensor, Tensor]:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from plumbline_api.training import Training
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
 
 from plumbline_trainer.engine.distributed import Ranks
+from plumbline_trainer.engine.learning_rate import make_schedule, make_sweep
+from plumbline_trainer.engine.penalties import Penalty
 from plumbline_trainer.errors import InputError
 
-SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -37,44 +36,61 @@ def named_trainables(model: nn.Module) -> dict[str, nn.Parameter]:
 class Optimizer:
     """One optimizer step: exchange gradients, clip, AdamW, schedule."""
 
-    def __init__(self, trainables: Mapping[str, nn.Parameter], training: Training, steps: int) -> None:
+    def __init__(
+        self,
+        trainables: Mapping[str, nn.Parameter],
+        training: Training,
+        steps: int,
+        depths: Mapping[str, int] | None = None,
+    ) -> None:
         """Prepare.
 
         Args:
             trainables: Parameters by name.
             training: The stage's optimisation parameters, learning rate resolved.
             steps: Optimizer steps of the whole stage.
+            depths: Layers between a parameter and the top one, by its name; each takes `layerDecay` off its rate. What
+                is not named, such as a new head, counts as the top.
         """
         assert training.learning_rate is not None
         self.trainables = dict(trainables)
         self.clip = training.gradient_clip
-        matrices = [parameter for parameter in self.trainables.values() if parameter.ndim >= 2]
-        vectors = [parameter for parameter in self.trainables.values() if parameter.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": training.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
+        sweep = training.range_test
+        self.peak = training.learning_rate if sweep is None else sweep.lowest
+        self.penalties: dict[str, float] = {}
+        """Values of the penalties at the last step."""
+        if depths is not None and not depths.keys() & self.trainables.keys():
+            raise ValueError("the depths are those of another model")
+        groups: dict[tuple[int, float], dict[str, Any]] = {}
+        for name, parameter in self.trainables.items():
+            depth = 0 if depths is None or training.layer_decay is None else depths.get(name, 0)
+            decay = training.weight_decay if parameter.ndim >= 2 else 0.0
+            rate = self.peak * (training.layer_decay or 1.0) ** depth
+            group = groups.setdefault((depth, decay), {"params": [], "weight_decay": decay, "lr": rate})
+            group["params"].append(parameter)
         self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=training.learning_rate,
+            [groups[key] for key in sorted(groups, key=lambda key: (key[0], -key[1]))],
+            lr=self.peak,
             betas=(training.adam_beta1, training.adam_beta2),
             eps=training.adam_epsilon,
             fused=True,
         )
-        self.schedule: LRScheduler = get_scheduler(
-            SCHEDULES[training.schedule.type],
-            self.adamw,
-            num_warmup_steps=math.ceil(training.schedule.warmup_ratio * steps),
-            num_training_steps=steps,
-        )
+        if sweep is None:
+            self.schedule = make_schedule(training.schedule, self.adamw, steps)
+        else:
+            self.schedule = make_sweep(self.adamw, sweep.highest / sweep.lowest, sweep.steps)
 
     @property
     def learning_rate(self) -> float:
-        """Rate of the next step."""
-        return float(self.schedule.get_last_lr()[0])
+        """Rate of the next step, in the top layer."""
+        return self.peak * self.schedule.lr_lambdas[0](self.schedule.last_epoch)
 
-    def step(self, ranks: Ranks) -> float:
+    def step(self, ranks: Ranks, penalties: Sequence[Penalty] = ()) -> float:
         """Take the step with the gradients summed over ranks; afterwards they are cleared.
+
+        Args:
+            ranks: Processes that share the work.
+            penalties: Their gradients are added once, on every rank alike.
 
         Returns:
             Global gradient norm before clipping; not finite if the gradients are not, and then nothing was changed.
@@ -83,6 +99,7 @@ class Optimizer:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         ranks.sum_tensors([parameter.grad for parameter in self.trainables.values() if parameter.grad is not None])
+        self.penalties = {penalty.name: penalty.add_gradients() for penalty in penalties}
         norm = float(nn.utils.clip_grad_norm_(list(self.trainables.values()), self.clip))
         if math.isfinite(norm):
             self.adamw.step()

@@ -18,10 +18,11 @@ from plumbline_trainer.engine.attention import (
     plain_implementation,
     register,
 )
-from plumbline_trainer.engine.logprobs import head_of, token_log_probabilities
+from plumbline_trainer.engine.logprobs import Head, head_of, token_divergences, token_log_probabilities
 from plumbline_trainer.engine.lowrank import in_one_piece, use_one_piece, use_separate_pieces
 from plumbline_trainer.engine.packing import PackedBatch
 from plumbline_trainer.errors import InputError
+from plumbline_trainer.models.adapters import adapters_disabled
 
 Path = Literal["fast", "plain"]
 """fast: packed, prompts shared, head in chunks. plain: one forward of the whole model per response."""
@@ -49,20 +50,50 @@ class Scorer(nn.Module):
         self.path: Path = path
         register()
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """Log-probability of every scored token, [N] float32.
+    def forward(self, batch: PackedBatch, smoothing: float = 0.0) -> Tensor:
+        """Log-probability of every scored token, [N] float32; with smoothing ε that of the smoothed label.
 
         Raises:
             FastPathError: if the path is `fast` and the model cannot take it.
         """
         with self._autocast():
-            return self._fast(batch) if self.path == "fast" else self._plain(batch)
+            if self.path == "fast":
+                return token_log_probabilities(self._hidden(batch), batch.targets, self._head(), smoothing)
+            parts = [_smoothed(scores, ids, smoothing) for scores, ids in self._plain(batch)]
+        return torch.cat(parts) if parts else torch.zeros(0, device=batch.input_ids.device)
 
-    def _fast(self, batch: PackedBatch) -> Tensor:
-        model = self.model
-        head = head_of(model)
+    def with_divergence(self, batch: PackedBatch, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """The scores, and KL(π_ref ‖ π) over the vocabulary at every scored token, [N] float32 each.
+
+        The reference is the model with its adapter switched off, which takes one more forward pass.
+        """
+        with self._autocast():
+            if self.path == "fast":
+                hidden, head = self._hidden(batch), self._head()
+                with torch.no_grad(), adapters_disabled(self.model):
+                    reference = self._hidden(batch)
+                scores = token_log_probabilities(hidden, batch.targets, head, smoothing)
+                return scores, token_divergences(hidden, reference, head)
+            with torch.no_grad(), adapters_disabled(self.model):
+                wanted = [logs for logs, _ in self._plain(batch)]
+            pairs = list(zip(self._plain(batch), wanted, strict=True))
+        if not pairs:
+            return torch.zeros(0, device=batch.input_ids.device), torch.zeros(0, device=batch.input_ids.device)
+        return (
+            torch.cat([_smoothed(logs, ids, smoothing) for (logs, ids), _ in pairs]),
+            torch.cat([(other.exp() * (other - logs)).sum(dim=1) for (logs, _), other in pairs]),
+        )
+
+    def _head(self) -> Head:
+        head = head_of(self.model)
         if head is None:
             raise FastPathError("the output head is not a plain linear layer")
+        return head
+
+    def _hidden(self, batch: PackedBatch) -> Tensor:
+        """[N, d] outputs of the last layer that predict the scored tokens, on the fast path."""
+        model = self.model
+        self._head()  # before the work is done
         with self._arranged(SEGMENTS, one_piece=True):
             outputs = model.get_decoder()(
                 input_ids=batch.input_ids,
@@ -70,23 +101,21 @@ class Scorer(nn.Module):
                 use_cache=False,
                 segment_plan=batch.plan,
             )
-        hidden = outputs.last_hidden_state[0].index_select(0, batch.sources)
-        return token_log_probabilities(hidden, batch.targets, head)
+        hidden: Tensor = outputs.last_hidden_state[0].index_select(0, batch.sources)
+        return hidden
 
-    def _plain(self, batch: PackedBatch) -> Tensor:
+    def _plain(self, batch: PackedBatch) -> Iterator[tuple[Tensor, Tensor]]:
+        """[n, V] log-probabilities and [n] ids of the scored tokens of each answer that has some."""
         model = self.model
-        parts: list[Tensor] = []
-        with self._arranged(plain_implementation(model), one_piece=False):
-            for answer in batch.answers:
-                if not answer.offsets:
-                    continue
-                prompt = batch.rows[answer.row].prompt
-                ids = torch.tensor([[*prompt, *answer.response.ids]], device=batch.input_ids.device)
+        for answer in batch.answers:
+            if not answer.offsets:
+                continue
+            prompt = batch.rows[answer.row].prompt
+            ids = torch.tensor([[*prompt, *answer.response.ids]], device=batch.input_ids.device)
+            with self._arranged(plain_implementation(model), one_piece=False):
                 logits = model(input_ids=ids, use_cache=False).logits[0]
-                places = torch.tensor(answer.offsets, device=ids.device) + len(prompt)
-                scores = torch.log_softmax(logits[places - 1].float(), dim=-1)
-                parts.append(scores.gather(1, ids[0, places][:, None]).squeeze(1))
-        return torch.cat(parts) if parts else torch.zeros(0, device=batch.input_ids.device)
+            places = torch.tensor(answer.offsets, device=ids.device) + len(prompt)
+            yield torch.log_softmax(logits[places - 1].float(), dim=-1), ids[0, places]
 
     @contextmanager
     def _arranged(self, implementation: str, *, one_piece: bool) -> Iterator[None]:
@@ -105,6 +134,12 @@ class Scorer(nn.Module):
         if self.precision != "bfloat16":
             return nullcontext()
         return torch.autocast(self.model.device.type, dtype=torch.bfloat16)
+
+
+def _smoothed(logs: Tensor, ids: Tensor, smoothing: float) -> Tensor:
+    """Mean of log-probabilities [n, V] under (1 − ε)·onehot + ε/V, [n]."""
+    chosen = logs.gather(1, ids[:, None]).squeeze(1)
+    return (1.0 - smoothing) * chosen + smoothing * logs.mean(dim=1) if smoothing else chosen
 
 
 def recurrent_layers(model: PreTrainedModel) -> str | None:

@@ -20,6 +20,8 @@ from plumbline_trainer.engine import scorer
 from plumbline_trainer.engine.optimizer import Optimizer
 
 WEIGHTS = "trainables.safetensors"
+SELECTED = "selected.safetensors"
+"""Weights of the evaluation that the stage would yield; there only where it selects."""
 MOMENTS = "optimizer.safetensors"
 STATE = "state.json"
 VERSION = 1
@@ -43,6 +45,16 @@ class TrainingState:
     """Step of the last evaluation."""
     best: dict[str, float] = field(default_factory=dict)
     """Evaluation with the lowest loss, and its step."""
+    selected: dict[str, float] = field(default_factory=dict)
+    """Evaluation whose weights the stage yields, and its step; empty where it yields the last ones."""
+    bar: float | None = None
+    """Value that the next evaluation has to improve on by `minDelta`, for early stopping."""
+    waited: int = 0
+    """Evaluations since the bar was last raised."""
+    ended: str = ""
+    """Why the stage takes no further step although some are left; empty while it goes on."""
+    sweep: list[list[float]] = field(default_factory=list)
+    """Learning rate and loss of every step, in a range test."""
     recent: list[dict[str, float]] = field(default_factory=list)
     """Figures of the last steps."""
 
@@ -52,12 +64,31 @@ def write_state(
 ) -> None:
     """Write a checkpoint's files; the tensors are copied out of the device now."""
     folder.mkdir(parents=True)
-    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in trainables.items()}
-    save_file(weights, folder / WEIGHTS)
+    write_weights(folder / WEIGHTS, trainables)
     save_file({name: tensor.cpu().contiguous() for name, tensor in optimizer.tensors().items()}, folder / MOMENTS)
     document = {"version": VERSION, "state": asdict(state), "optimizer": optimizer.state()}
     # Python writes floats so that reading gives the same bits.
     (folder / STATE).write_text(json.dumps(document), encoding="utf-8")
+
+
+def write_weights(path: Path, trainables: Mapping[str, nn.Parameter]) -> None:
+    """Write trained weights by parameter name."""
+    save_file({name: parameter.detach().cpu().contiguous() for name, parameter in trainables.items()}, path)
+
+
+def read_weights(path: Path, trainables: Mapping[str, nn.Parameter]) -> None:
+    """Put trained weights back, exactly.
+
+    Raises:
+        ValueError: if they are of another model or adapter.
+    """
+    weights = load_file(path)
+    if set(weights) != set(trainables):
+        odd = min(set(weights) ^ set(trainables))
+        raise ValueError(f"the checkpoint does not fit the stage: {odd} is only in one of them")
+    with torch.no_grad():
+        for name, parameter in trainables.items():
+            parameter.copy_(weights[name])
 
 
 def read_progress(folder: Path) -> TrainingState:
@@ -71,13 +102,7 @@ def read_state(folder: Path, trainables: Mapping[str, nn.Parameter], optimizer: 
     Raises:
         ValueError: if the checkpoint is of another model or adapter.
     """
-    weights = load_file(folder / WEIGHTS)
-    if set(weights) != set(trainables):
-        odd = min(set(weights) ^ set(trainables))
-        raise ValueError(f"the checkpoint does not fit the stage: {odd} is only in one of them")
-    with torch.no_grad():
-        for name, parameter in trainables.items():
-            parameter.copy_(weights[name])
+    read_weights(folder / WEIGHTS, trainables)
     optimizer.restore(load_file(folder / MOMENTS), _document(folder)["optimizer"])
 
 

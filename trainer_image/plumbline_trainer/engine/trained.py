@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, TypeVar
 
 import torch
@@ -11,10 +12,12 @@ from transformers import PreTrainedModel
 from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.data.encode import EncodedRows
 from plumbline_trainer.engine.loop import TrainingRun
+from plumbline_trainer.engine.range_test import smoothed, suggest
 from plumbline_trainer.models.adapters import adapter_of, attach_lora, save_adapter
 from plumbline_trainer.models.merging import LOST_PART_WARNING, stored_weights, weights_digest
 from plumbline_trainer.models.policy import Policy, digest_with, lost_part_advice, policy_meta
 from plumbline_trainer.models.saving import save_full
+from plumbline_trainer.report.curves import draw_range_test, standalone
 
 Parameters = TypeVar("Parameters", bound=TrainingStage)
 
@@ -57,9 +60,11 @@ def policy_identity(policy: Policy) -> str:
 def save_policy(
     context: StageContext, run: TrainingRun, policy: Policy, lora: Lora | None, encoded: EncodedRows
 ) -> StageOutput | None:
-    """Write what was trained, on rank 0: the adapter alone, or full weights."""
+    """Write what was trained, on rank 0: the adapter alone, or full weights; of a range test its report."""
     if not run.ranks.is_main:
         return None
+    if run.training.range_test is not None:
+        return save_range_test(context, run)
     folder = context.scratch / "output"
     figures = run.figures()
     figures.update(
@@ -87,6 +92,41 @@ def save_policy(
         tokens=run.tokens_here,
         first_step=run.first_step,
         last_step=run.state.step,
+    )
+
+
+def save_range_test(context: StageContext, run: TrainingRun) -> StageOutput:
+    """Write what a learning-rate range test found: `range-test.json` and a plot. It yields no weights."""
+    folder = context.scratch / "output"
+    folder.mkdir(parents=True, exist_ok=True)
+    rates, losses = [rate for rate, _ in run.state.sweep], [loss for _, loss in run.state.sweep]
+    suggested = suggest(rates, losses)
+    document = {
+        "kind": "learningRateRangeTest",
+        "suggestedLearningRate": suggested,
+        "ended": run.state.ended or "the sweep reached its end",
+        "points": [
+            {"learningRate": rate, "loss": loss, "smoothedLoss": smooth}
+            for rate, loss, smooth in zip(rates, losses, smoothed(losses), strict=True)
+        ],
+    }
+    (folder / "range-test.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    if len(rates) >= 2:
+        plot = draw_range_test(context.run.stage, rates, losses, suggested)
+        (folder / "range-test.svg").write_text(standalone(plot.svg), encoding="utf-8")
+    figures: dict[str, float] = {"steps": float(run.state.step), "tokens": float(run.state.tokens)}
+    message = "no rate at which the loss falls was found; widen training.rangeTest"
+    if suggested is not None:
+        figures["suggestedLearningRate"] = suggested
+        message = f"suggested learning rate {suggested:.2g}"
+    return StageOutput(
+        folder=folder,
+        kind="report",
+        metrics=figures,
+        tokens=run.tokens_here,
+        first_step=run.first_step,
+        last_step=run.state.step,
+        message=message,
     )
 
 

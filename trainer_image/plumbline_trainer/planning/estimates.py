@@ -8,6 +8,8 @@ gradient checkpointing one hidden vector per layer and one layer in full. Logits
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +39,12 @@ class Estimate:
 
 
 def estimate(
-    stage: StageRecord, facts: ModelFacts, rows: SplitFindings | None, tokens_per_second: float | None
+    stage: StageRecord,
+    facts: ModelFacts,
+    rows: SplitFindings | None,
+    tokens_per_second: float | None,
+    *,
+    rehearsed: Sequence[SplitFindings] = (),
 ) -> Estimate:
     """Estimate one stage.
 
@@ -46,6 +53,7 @@ def estimate(
         facts: of the base model.
         rows: its training rows; None for stages that do not train.
         tokens_per_second: training tokens per second and accelerator at 1B parameters; None if nobody says.
+        rehearsed: training rows of the datasets that are mixed in, as declared.
     """
     if stage.type not in PARAMETER_MODELS:
         return Estimate(memory=_inference_memory(stage, facts))
@@ -54,17 +62,23 @@ def estimate(
     training = parameters.training
     steps = tokens = gpu_hours = None
     if rows is not None and rows.rows:
-        names = [str(number) for number in range(rows.rows)]
-        steps = plan_steps(
-            names,
+        shares = [item.share for item in getattr(parameters, "rehearsal", None) or ()]
+        plan = plan_steps(
+            _names(rows),
             seed=0,
             global_batch=training.global_batch,
             epochs=training.epochs,
             max_steps=training.max_steps,
+            rehearsal=[(_names(other), part) for other, part in zip(rehearsed, shares, strict=True)],
             least=2 if stage.type == "kto" else 1,
-        ).steps
-        share = min(steps * training.global_batch / rows.rows, max(training.epochs, 1 / rows.rows))
-        tokens = round(rows.tokens(training.max_length) * share * (2 if stage.type in TWO_ANSWERS else 1))
+        )
+        steps = plan.steps if training.range_test is None else training.range_test.steps
+        taken = steps * training.global_batch
+        if training.range_test is None:
+            taken = min(taken, math.ceil(max(training.epochs, 1 / rows.rows) * plan.rows_per_epoch))
+        mixed = [(rows, 1.0 - sum(shares)), *zip(rehearsed, shares, strict=True)]
+        per_row = sum(part * found.tokens(training.max_length) / found.rows for found, part in mixed)
+        tokens = round(taken * per_row * (2 if stage.type in TWO_ANSWERS else 1))
         if tokens_per_second is not None and stage.resources.gpus_per_node:
             rate = tokens_per_second * 1e9 / facts.parameters
             gpu_hours = round(tokens / rate / 3600, 4)
@@ -74,6 +88,10 @@ def estimate(
         # A micro-batch is part of a step, and a row longer than the budget stands alone.
         longest = max(row, min(longest, row * training.global_batch))
     return Estimate(steps, tokens, _training_memory(parameters, training, facts, longest), gpu_hours)
+
+
+def _names(rows: SplitFindings) -> list[str]:
+    return [str(number) for number in range(rows.rows)]
 
 
 def lora_parameters(rank: int, targets: list[str] | None, facts: ModelFacts) -> int:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+from plumbline_trainer.engine import range_test
 from plumbline_trainer.report.facts import Point, series
 
 # Matplotlib writes colours as numbers; these stand for the page's variables and are replaced in its output.
 _INK, _GRID, _FIRST, _SECOND = "#010203", "#010204", "#010205", "#010206"
 _VARIABLES = {_INK: "var(--soft)", _GRID: "var(--line)", _FIRST: "var(--blue)", _SECOND: "var(--orange)"}
+_COLOURS = {"var(--soft)": "#5b6470", "var(--line)": "#d9dde2", "var(--blue)": "#2f6fb7", "var(--orange)": "#d9730d"}
+"""What they are in a file of its own."""
 _SMOOTH_FROM = 60
 """Steps from which a line is drawn smoothed above its points."""
 
@@ -65,14 +70,57 @@ def draw_curves(stage: str, stage_type: str, points: Sequence[Point]) -> list[Fi
     return figures
 
 
+def draw_range_test(stage: str, rates: Sequence[float], losses: Sequence[float], suggested: float | None) -> Figure:
+    """Loss over learning rate of a range test, with the suggestion."""
+    name = f"{stage}-range"
+    with _canvas(name) as (canvas, axes):
+        axes.set_xscale("log")
+        axes.plot(rates, losses, color=_FIRST, linewidth=1.2, alpha=0.3)
+        axes.plot(rates, range_test.smoothed(losses), color=_FIRST, linewidth=2.0)
+        if suggested is not None:
+            axes.axvline(suggested, color=_SECOND, linewidth=1.6)
+        axes.set_xlabel("learning rate")
+        svg = _rendered(canvas, name)
+    found = "no rate is suggested" if suggested is None else f"the suggested rate is {suggested:.2g}"
+    title = "Loss over learning rate"
+    return Figure(title, svg, f"{title}, from {rates[0]:.2g} to {rates[-1]:.2g}: {found}")
+
+
+def standalone(svg: str) -> str:
+    """A figure as a file of its own, with colours instead of the page's variables."""
+    for variable, colour in _COLOURS.items():
+        svg = svg.replace(variable, colour)
+    return svg.replace("<svg ", '<svg width="644" height="350" style="background:#ffffff" ', 1)
+
+
 def _draw(
     panel: Panel, steps: Sequence[int], values: Sequence[float], held_out: tuple[list[int], list[float]], *, name: str
 ) -> str:
+    from matplotlib.ticker import MaxNLocator
+
+    with _canvas(name) as (canvas, axes):
+        if panel.reference is not None:
+            axes.axhline(panel.reference, color=_INK, linewidth=0.9, dashes=(3, 3))
+        smooth = len(values) >= _SMOOTH_FROM
+        axes.plot(steps, values, color=_FIRST, linewidth=1.6, alpha=0.3 if smooth else 1.0)
+        if smooth:
+            axes.plot(steps, smoothed(values), color=_FIRST, linewidth=2.0)
+        if len(held_out[0]) > 0:
+            axes.plot(*held_out, color=_SECOND, linewidth=1.6, marker="o", markersize=5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.ticklabel_format(axis="y", useOffset=False)
+        axes.set_xlabel("optimizer step")
+        return _rendered(canvas, name)
+
+
+@contextmanager
+def _canvas(name: str) -> Iterator[tuple[Any, Any]]:
+    """An empty plot in the page's style."""
     import matplotlib as mpl
 
     mpl.use("svg")
     from matplotlib.figure import Figure as Canvas
-    from matplotlib.ticker import MaxNLocator
 
     settings = {
         "svg.fonttype": "none",
@@ -92,21 +140,13 @@ def _draw(
         axes = canvas.subplots()
         axes.grid(axis="y", color=_GRID, linewidth=0.8)
         axes.set_axisbelow(True)
-        if panel.reference is not None:
-            axes.axhline(panel.reference, color=_INK, linewidth=0.9, dashes=(3, 3))
-        smooth = len(values) >= _SMOOTH_FROM
-        axes.plot(steps, values, color=_FIRST, linewidth=1.6, alpha=0.3 if smooth else 1.0)
-        if smooth:
-            axes.plot(steps, smoothed(values), color=_FIRST, linewidth=2.0)
-        if len(held_out[0]) > 0:
-            axes.plot(*held_out, color=_SECOND, linewidth=1.6, marker="o", markersize=5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-        axes.ticklabel_format(axis="y", useOffset=False)
-        axes.set_xlabel("optimizer step")
         axes.margins(x=0.02)
-        buffer = io.StringIO()
-        canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Type": None})
+        yield canvas, axes
+
+
+def _rendered(canvas: Any, name: str) -> str:
+    buffer = io.StringIO()
+    canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Type": None})
     return _inline(buffer.getvalue(), name)
 
 

@@ -14,7 +14,7 @@ from plumbline_api.artifacts import ArtifactKind
 from plumbline_api.errors import InputError
 from plumbline_api.record import RunRecord, StageRecord
 from plumbline_api.stagerun import StageOutcome, StageRun
-from plumbline_api.stages import STAGE_TYPES
+from plumbline_api.stages import yields_of
 
 from plumbline_trainer.errors import TransientError
 from plumbline_trainer.storage import uris
@@ -70,7 +70,7 @@ class StageFacts:
     @property
     def yields_policy(self) -> bool:
         """Whether its output is a policy."""
-        return STAGE_TYPES[self.record.type].yields is ArtifactKind.POLICY
+        return yields_of(self.record.type, self.record.parameters) is ArtifactKind.POLICY
 
     @property
     def metrics(self) -> dict[str, float]:

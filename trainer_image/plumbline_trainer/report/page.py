@@ -9,7 +9,7 @@ from typing import Any
 from plumbline_api.fingerprint import digest_of
 
 from plumbline_trainer.report import words
-from plumbline_trainer.report.curves import Figure, draw_curves
+from plumbline_trainer.report.curves import Figure, draw_curves, draw_range_test
 from plumbline_trainer.report.facts import RunFacts, StageFacts
 from plumbline_trainer.report.figures import Finding, Value, find, tabulate
 
@@ -266,15 +266,28 @@ _TRAINING_NUMBERS = (
     ("loss", "training loss, last steps"),
     ("rewardAccuracy", "preferences met, last steps"),
     ("evalRewardAccuracy", "preferences met, held out"),
+    ("suggestedLearningRate", "suggested learning rate"),
+    ("selectedStep", "step whose weights were kept"),
     ("tokensPerSecond", "tokens per second"),
     ("lostPart", "part of the change lost by rounding"),
 )
 
 
+def _figures(stage: StageFacts) -> list[Figure]:
+    """The curves of a training stage; of a range test its one plot."""
+    if stage.record.parameters["training"].get("rangeTest") is None:
+        return draw_curves(stage.name, stage.record.type, stage.points)
+    swept = [item.metrics for item in stage.points if {"learningRate", "loss"} <= item.metrics.keys()]
+    if len(swept) < 2:
+        return []
+    rates, losses = [item["learningRate"] for item in swept], [item["loss"] for item in swept]
+    return [draw_range_test(stage.name, rates, losses, stage.metrics.get("suggestedLearningRate"))]
+
+
 def _training(stage: StageFacts) -> Training | None:
     if "training" not in stage.record.parameters:
         return None
-    figures = draw_curves(stage.name, stage.record.type, stage.points)
+    figures = _figures(stage)
     numbers = [(label, words.number(stage.metrics[key])) for key, label in _TRAINING_NUMBERS if key in stage.metrics]
     if not figures and not numbers:
         return None

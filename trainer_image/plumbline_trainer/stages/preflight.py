@@ -13,13 +13,14 @@ from plumbline_api.evaluation import Evaluate
 from plumbline_api.quantities import parse_quantity
 from plumbline_api.record import ExternalInput, RunRecord, StageRecord, fingerprints
 from plumbline_api.stagerun import PreflightFindings
-from plumbline_api.stages import STAGE_TYPES, SUITE_FORMATS
-from plumbline_api.training import Kto
+from plumbline_api.stages import REHEARSAL_FORMATS, STAGE_TYPES, SUITE_FORMATS
+from plumbline_api.training import Kto, Training
 
 from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.data.loading import split_remedy
 from plumbline_trainer.data.splits import Split
 from plumbline_trainer.errors import InputError, Interrupted
+from plumbline_trainer.models.ancestry import TRAINING_ROLES
 from plumbline_trainer.planning.datasets import DatasetFindings, Leak, find_leaks, survey
 from plumbline_trainer.planning.estimates import Estimate, estimate, shown_bytes
 from plumbline_trainer.planning.facts import ModelFacts, local_tokenizer, model_facts
@@ -178,6 +179,12 @@ def check_stages(record: RunRecord, datasets: dict[str, DatasetFindings]) -> Non
                             f'{field_path}: "{found.name}" has one row in its {part} split; kto compares rows with '
                             "each other. Add rows, or change datasets[].split"
                         )
+            needs = Training.model_validate(stage.parameters.get("training", {})).needs_evaluation
+            if role == "dataset" and needs is not None and not found.splits["evaluation"].rows:
+                raise InputError(
+                    f'spec.stages[{index}].{stage.type}.training.{needs}: "{found.name}" has no rows in its evaluation '
+                    f"split ({found.rows:,} rows). {split_remedy('evaluation')}"
+                )
 
 
 def _need(stage: StageRecord, index: int, role: str) -> tuple[str, frozenset[str], Split, str]:
@@ -185,6 +192,10 @@ def _need(stage: StageRecord, index: int, role: str) -> tuple[str, frozenset[str
     here = f"spec.stages[{index}].{stage.type}"
     if role == "dataset":
         return f"{here}.dataset", STAGE_TYPES[stage.type].dataset_formats or frozenset(), "train", stage.type
+    if role.startswith("rehearsal."):
+        return f"{here}.rehearsal[{role.split('.')[1]}].dataset", REHEARSAL_FORMATS, "train", "rehearsal"
+    if role == "ewc.dataset":
+        return f"{here}.{role}", REHEARSAL_FORMATS, "train", "ewc"
     suite = _evaluate(stage).suites[int(role.split(".")[1])]
     path = f"{here}.suites[{role.split('.')[1]}].{suite.choice}.dataset"
     split: Split = suite.value.split
@@ -206,7 +217,7 @@ def readers(record: RunRecord) -> tuple[list[str], list[tuple[str, str]]]:
     for index, stage in enumerate(record.stages):
         for role, item in _dataset_inputs(record, stage):
             name = item.name.removeprefix("dataset/")
-            if role == "dataset":
+            if role.split(".")[0] in TRAINING_ROLES:
                 trained.append(name)
             else:
                 tested.append((name, str(_need(stage, index, role)[2])))
@@ -218,11 +229,13 @@ def estimate_stages(record: RunRecord, found: Findings) -> None:
     accelerator = record.runtime.accelerator if record.runtime is not None else None
     rate = accelerator.tokens_per_second_hint if accelerator is not None else None
     for stage in record.stages:
-        names = [
-            item.name.removeprefix("dataset/") for role, item in _dataset_inputs(record, stage) if role == "dataset"
+        read = [
+            found.datasets[item.name.removeprefix("dataset/")].splits["train"]
+            for role, item in _dataset_inputs(record, stage)
+            if role == "dataset" or role.startswith("rehearsal.")
         ]
-        rows = found.datasets[names[0]].splits["train"] if names else None
-        found.estimates[stage.name] = estimate(stage, found.models["model"], rows, rate)
+        rows = read[0] if read else None
+        found.estimates[stage.name] = estimate(stage, found.models["model"], rows, rate, rehearsed=read[1:])
 
 
 def notes(record: RunRecord, found: Findings) -> list[str]:

@@ -7,7 +7,9 @@ from plumbline_api.training import Pretrain
 from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.data.encode import encode_rows
 from plumbline_trainer.data.loading import load_rows
+from plumbline_trainer.data.rehearsal import load_rehearsal
 from plumbline_trainer.engine.distributed import joined_ranks
+from plumbline_trainer.engine.fisher import hold_weights
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.objective import TokenLikelihood
 from plumbline_trainer.engine.schedule import plan_steps
@@ -36,7 +38,10 @@ def run(context: StageContext) -> StageOutput | None:
         held_out = encode_rows(
             load_rows(context, dataset, "evaluation"), policy.tokenizer, method="text", max_length=longest
         ).rows
+        rehearsal = load_rehearsal(context, parameters, policy.tokenizer, method="completion")
         report_rows(context, encoded, "training rows")
+        for other in rehearsal.datasets:
+            report_rows(context, other, "rehearsal rows")
 
         # Build
         scorer = Scorer(make_trainable(policy, lora, seed), precision=training.precision)
@@ -46,8 +51,11 @@ def run(context: StageContext) -> StageOutput | None:
             global_batch=training.global_batch,
             epochs=training.epochs,
             max_steps=training.max_steps,
+            rehearsal=rehearsal.plan,
         )
-        run = TrainingRun(context, ranks, scorer, plan, encoded.rows, training)
+        run = TrainingRun(context, ranks, scorer, plan, rehearsal.behind(encoded.rows), training)
+        # The model's weights are still those it starts from: only now does a resumed run take up its own.
+        hold_weights(run, policy, parameters, seed, method="completion")
         run.resume()
         prepare_modes(
             scorer,
@@ -56,7 +64,12 @@ def run(context: StageContext) -> StageOutput | None:
         )
 
         # Loop
-        run.train(TokenLikelihood(), held_out)
+        run.train(
+            TokenLikelihood(),
+            held_out,
+            label_smoothing=parameters.label_smoothing or 0.0,
+            kl=0.0 if parameters.kl is None else parameters.kl.coefficient,
+        )
 
         # Save and report
         return save_policy(context, run, policy, lora, encoded)

@@ -1,0 +1,128 @@
+"""Label smoothing and the KL to the start, on both paths and in whole stages; trap 5 by its name."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from plumbline_api.training import Lora, Sft
+from plumbline_trainer.engine.packing import pack
+from plumbline_trainer.engine.scorer import Scorer
+from plumbline_trainer.models.adapters import adapters_disabled, attach_lora
+from plumbline_trainer.models.adapters import trainable_parameters as trainables
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from support.encoded import make_completion
+from support.ranks import run_ranks
+from support.tiny import make_model
+from support.trainer import manifest_of, output_folder, run_in_process
+from support.training_data import training_run
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def moved_model(style: Any) -> Any:
+    """A model whose adapter has left its start."""
+    model = attach_lora(make_model(style), Lora(rank=3), seed=1).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, weight in trainables(model).items():
+            if "lora_B" in name:
+                weight.copy_(0.05 * torch.randn(weight.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("style", ["llama", "qwen2", "gemma2", "gpt2"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_fast_and_plain_agree(style: Any, smoothing: float) -> None:
+    model = moved_model(style)
+    rng = random.Random(1)
+    batch = pack([make_completion(rng, prompt, length, share=0.7) for prompt, length in ((4, 5), (0, 7), (9, 1))])
+    found = {}
+    for path in ("fast", "plain"):
+        scores, divergences = Scorer(model, path=path).with_divergence(batch, smoothing)  # type: ignore[arg-type]
+        alone = Scorer(model, path=path)(batch, smoothing)  # type: ignore[arg-type]
+        assert torch.allclose(scores, alone, atol=1e-6)
+        assert divergences.min().item() > 0
+        loss = -scores.sum() + 0.7 * divergences.sum()
+        gradients = torch.autograd.grad(loss, list(trainables(model).values()))
+        found[path] = scores.detach(), divergences.detach(), torch.cat([g.flatten() for g in gradients])
+    for fast, plain in zip(found["fast"], found["plain"], strict=True):
+        assert float((fast - plain).norm()) <= 1e-4 * float(plain.norm())
+
+
+def test_no_divergence_from_itself() -> None:
+    model = moved_model("llama")
+    batch = pack([make_completion(random.Random(1), 4, 5)])
+    with adapters_disabled(model), torch.no_grad():
+        _, divergences = Scorer(model).with_divergence(batch)
+    assert float(divergences.abs().max()) < 1e-6
+
+
+SETTINGS: dict[str, Any] = {"lora": {"rank": 4}, "rows": 15, "globalBatch": 5, "epochs": 3, "learningRate": 1e-2}
+
+
+def run_with(folder: Path, **stage: Any) -> dict[str, float]:
+    run = training_run(folder, "sft", evaluation=0.2, stage=stage, **SETTINGS)
+    result, code = run_in_process(folder, run)
+    assert code == 0, result.message
+    return dict(manifest_of(run).metrics)
+
+
+def test_a_coefficient_keeps_the_policy_near_its_start(tmp_path: Path) -> None:
+    weak = run_with(tmp_path / "weak", kl={"coefficient": 1e-6})
+    strong = run_with(tmp_path / "strong", kl={"coefficient": 10.0})
+    plain = run_with(tmp_path / "plain")
+    assert strong["kl"] < 0.1 * weak["kl"]
+    assert "kl" not in plain
+    assert weak["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+    assert strong["loss"] > plain["loss"]
+
+
+def test_smoothed_labels_train_but_do_not_evaluate(tmp_path: Path) -> None:
+    smooth, plain = run_with(tmp_path / "smooth", labelSmoothing=0.3), run_with(tmp_path / "plain")
+    assert smooth["evalLossStart"] == plain["evalLossStart"]
+    assert smooth["loss"] > plain["loss"] + 0.1
+
+
+def test_kl_needs_an_adapter_to_switch_off() -> None:
+    with pytest.raises(ValidationError, match=r"set lora, or hold the weights with ewc or training\.l2sp"):
+        Sft.model_validate({"dataset": "a", "kl": {}})
+
+
+@pytest.mark.parametrize("type_", ["sft", "dpo"])
+def test_trap_5_accumulation_by_token_and_by_example(tmp_path: Path, type_: str) -> None:
+    """Four rows at once and one at a time are the same step, though rows differ in tokens: by token, or by pair."""
+    found = []
+    stage = {"kl": {"coefficient": 0.5}, "labelSmoothing": 0.1} if type_ == "sft" else {}
+    for name, budget, processes in (("four", 4096, 1), ("one", 64, 1), ("two ranks", 64, 2), ("four ranks", 64, 4)):
+        folder = tmp_path / name
+        run = training_run(
+            folder,
+            type_,
+            lora={"rank": 4},
+            globalBatch=4,
+            maxSteps=3,
+            learningRate=1e-2,
+            tokensPerBatch=budget,
+            processes=processes,
+            stage=stage,
+        )
+        run_ranks(folder, run)
+        found.append((manifest_of(run).metrics, load_file(next(output_folder(run).glob("*.safetensors")))))
+    metrics, weights = found[0]
+    for other, others in found[1:]:
+        for name in ("loss", "kl") if type_ == "sft" else ("loss", "rewardMargin"):
+            assert other[name] == pytest.approx(metrics[name], rel=1e-4)
+        gap = sum(float((tensor - others[name]).double().square().sum()) for name, tensor in weights.items())
+        assert math.sqrt(gap) < 1e-4
