@@ -20,7 +20,7 @@ from plumbline_trainer.errors import InputError
 if TYPE_CHECKING:
     from plumbline_trainer.models.tokenizer import Tokenizer
 
-Method = Literal["text", "completion", "all", "assistant", "preference", "prompt"]
+Method = Literal["text", "completion", "all", "assistant", "preference", "score", "prompt"]
 """What carries loss.
 
 - text: every token of raw text but the first
@@ -28,6 +28,7 @@ Method = Literal["text", "completion", "all", "assistant", "preference", "prompt
 - all: every token of the dialogue but the first
 - assistant: every turn of the assistant
 - preference: the chosen and the rejected answer
+- score: every answer, in the row's order; what is read is a score at its last token, the end token itself
 - prompt: nothing; the prompt is for sampling
 """
 
@@ -46,6 +47,10 @@ class EncodedResponse:
     role: Literal["completion", "chosen", "rejected", "text"]
     truncated: bool = False
     """Whether its end was cut off, and with it the end token."""
+    reads: tuple[int, ...] = ()
+    """Indices of the ids at which scalar heads are read."""
+    rank: int = 0
+    """0 is best; equal ones are not compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,8 @@ class Encoded:
     prompt: list[int]
     responses: list[EncodedResponse]
     weight: float = 1.0
+    margin: float = 0.0
+    """How much better the chosen answer is said to be."""
 
 
 @dataclass
@@ -98,6 +105,7 @@ class _Dialogue:
     prompt: tuple[Message, ...]
     messages: tuple[Message, ...]
     role: Literal["completion", "chosen", "rejected"]
+    rank: int = 0
 
     def texts(self, render: Renderer, source: str) -> list[str]:
         """The whole dialogue, then for every turn of the assistant after the prompt what lies before and up to it."""
@@ -204,6 +212,9 @@ def _dialogues(row: Row, method: Method) -> list[_Dialogue]:
             _Dialogue(row.prompt, row.prompt + chosen.messages, "chosen"),
             _Dialogue(row.prompt, row.prompt + rejected.messages, "rejected"),
         ]
+    if method == "score":
+        answers = [(response, response.rank or 0) for response in row.responses]
+        return [_Dialogue(row.prompt, row.prompt + answer.messages, "completion", rank) for answer, rank in answers]
     messages = row.prompt + _answer(row).messages
     if method == "assistant":
         first = next(index for index, message in enumerate(messages) if message.role == "assistant")
@@ -254,7 +265,9 @@ def _add_dialogue(
         marks = mask[kept]
         if not shared and marks:
             marks[0] = False  # nothing comes before it that could predict it
-        responses.append(EncodedResponse(whole[kept], marks, item.role, truncated=len(whole) > max_length))
+        ids = whole[kept]
+        reads = (len(ids) - 1,) if method == "score" else ()
+        responses.append(EncodedResponse(ids, marks, item.role, len(whole) > max_length, reads, item.rank))
     if not all(any(response.mask) for response in responses):
         found.dropped += 1
         found._remark(
@@ -263,7 +276,7 @@ def _add_dialogue(
         )
         return
     found.truncated += any(response.truncated for response in responses)
-    found.rows.append(Encoded(row.id, row.group, prompt if shared else [], responses, row.weight))
+    found.rows.append(Encoded(row.id, row.group, prompt if shared else [], responses, row.weight, row.margin))
 
 
 def _with_end(sequence: Sequence[list[int]], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:

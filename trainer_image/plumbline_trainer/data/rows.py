@@ -31,7 +31,7 @@ class Response:
     rank: int | None = None
     """0 is best."""
     label: str | None = None
-    """`chosen` or `rejected` in preference rows."""
+    """`chosen` or `rejected` in preference rows; in ranked rows the best and the worst."""
     annotations: dict[str, Any] = field(default_factory=dict)
     policy_digest: str | None = None
     """The policy that wrote it."""
@@ -58,6 +58,8 @@ class Row:
     weight: float = 1.0
     source: str = ""
     """Where it was read: `file line N`."""
+    margin: float = 0.0
+    """How much better the chosen answer is said to be; for reward models."""
 
     @property
     def is_text(self) -> bool:
