@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from plumbline_api.stagerun import StageRun
-from plumbline_api.training import Dpo, Pretrain, Sft
+from plumbline_api.training import Dpo, Pretrain, RewardModel, Sft
 from support.tiny import save_model
 from support.trainer import base_model, external, parameters_of, stage_run, write_jsonl
 
@@ -38,20 +38,25 @@ def phrase(rng: random.Random, low: int, high: int) -> str:
 
 
 def rows_of(kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows of uneven length: `text`, `promptCompletion` or `preference`."""
+    """Rows of uneven length: `text`, `promptCompletion`, `preference` or `ranked`."""
     rng = random.Random(seed)
     if kind == "text":
         return [{"text": phrase(rng, 3, 40)} for _ in range(count)]
     if kind == "promptCompletion":
         return [{"prompt": f"{n}: {phrase(rng, 2, 15)}", "completion": phrase(rng, 1, 20)} for n in range(count)]
+    if kind == "ranked":
+        return [
+            {"prompt": f"{n}: {phrase(rng, 2, 15)}", "completions": [phrase(rng, 1, 9) for _ in range(2 + n % 3)]}
+            for n in range(count)
+        ]
     return [
         {"prompt": f"{n}: {phrase(rng, 2, 25)}", "chosen": phrase(rng, 1, 12), "rejected": phrase(rng, 1, 12)}
         for n in range(count)
     ]
 
 
-FORMATS = {"pretrain": "text", "sft": "promptCompletion", "dpo": "preference"}
-MODELS = {"pretrain": Pretrain, "sft": Sft, "dpo": Dpo}
+FORMATS = {"pretrain": "text", "sft": "promptCompletion", "dpo": "preference", "rewardModel": "preference"}
+MODELS = {"pretrain": Pretrain, "sft": Sft, "dpo": Dpo, "rewardModel": RewardModel}
 
 
 def training_run(
@@ -67,20 +72,22 @@ def training_run(
     attempt: int = 1,
     dtype: Any = "float32",
     stage: dict[str, Any] | None = None,
+    form: str | None = None,
+    test: float = 0.0,
     **training: Any,
 ) -> StageRun:
     """A training stage on a tiny model and small data, both made under `folder` when they are not there yet."""
     model = folder / f"model-{style}-{dtype}"
     if not model.exists():
         save_model(model, style, dtype=dtype)
-    form = FORMATS[type_]
+    form = form or FORMATS[type_]
     data = folder / f"{form}-{rows}.jsonl"
     uri = f"file://{data}" if data.exists() else write_jsonl(data, rows_of(form, rows))
     fields: dict[str, Any] = {"dataset": "data", "training": training, **(stage or {})}
     if lora is not None:
         fields["lora"] = lora
     parameters = parameters_of(MODELS[type_].model_validate(fields), seed=seed)
-    split = {"evaluation": evaluation, "test": 0.0}
+    split = {"evaluation": evaluation, "test": test}
     return stage_run(
         folder,
         type_,

@@ -14,7 +14,7 @@ from plumbline_trainer.context import StageContext
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.objective import Objective, row_tokens
-from plumbline_trainer.engine.optimizer import Optimizer, named_trainables
+from plumbline_trainer.engine.optimizer import Optimizer
 from plumbline_trainer.engine.packing import PackedBatch, pack, packed_length
 from plumbline_trainer.engine.pathcheck import choose_path
 from plumbline_trainer.engine.schedule import StepPlan, cut_step, fill_batches, random_key
@@ -56,7 +56,7 @@ class TrainingRun:
         """
         self.context, self.ranks, self.scorer = context, ranks, scorer
         self.plan, self.rows, self.training = plan, rows, training
-        self.trainables = named_trainables(scorer.model)
+        self.trainables = scorer.trainables()
         self.optimizer = Optimizer(self.trainables, training, plan.steps)
         self._checkpoint: Checkpoint | None = load_latest_checkpoint(context)
         found = self._checkpoint
@@ -255,7 +255,12 @@ def dummy_of(row: Encoded) -> Encoded:
     """A row of weight zero and few tokens, for a rank that has nothing left to do in a round."""
     length = 1 if row.prompt else 2
     mask = [True] if row.prompt else [False, True]
-    responses = [dataclasses.replace(response, ids=response.ids[:length], mask=mask) for response in row.responses]
+    responses = [
+        dataclasses.replace(
+            response, ids=response.ids[:length], mask=mask, reads=(length - 1,) if response.reads else ()
+        )
+        for response in row.responses
+    ]
     return dataclasses.replace(row, prompt=row.prompt[:1], responses=responses, weight=0.0)
 
 

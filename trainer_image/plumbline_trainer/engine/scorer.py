@@ -20,6 +20,7 @@ from plumbline_trainer.engine.attention import (
 )
 from plumbline_trainer.engine.logprobs import head_of, token_log_probabilities
 from plumbline_trainer.engine.lowrank import in_one_piece, use_one_piece, use_separate_pieces
+from plumbline_trainer.engine.optimizer import named_trainables
 from plumbline_trainer.engine.packing import PackedBatch
 from plumbline_trainer.errors import InputError
 
@@ -48,6 +49,14 @@ class Scorer(nn.Module):
         self.precision = precision
         self.path: Path = path
         register()
+
+    def trainables(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name.
+
+        Raises:
+            InputError: if nothing is trained.
+        """
+        return named_trainables(self.model)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Log-probability of every scored token, [N] float32.

@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from plumbline_trainer.context import StageContext
     from plumbline_trainer.models.tokenizer import Tokenizer
 
-FINDINGS_VERSION = 1
+FINDINGS_VERSION = 2
 """Raised when the same rows would be found otherwise."""
 MEASURED_ROWS = 20_000
 """Rows whose tokens are counted at most; of more, evenly spread ones are taken."""
 QUANTILES = 100
+METHODS: dict[str, Method] = {"preference": "preference", "ranked": "score"}
+"""How rows are encoded to be measured, by format; the others by their answer."""
 NO_LIMIT = 2**40
 
 
@@ -38,6 +40,8 @@ class SplitFindings:
     rows: int
     quantiles: list[int]
     """Tokens of a row (prompt and longest answer) at 0 %, 1 %, … 100 %; empty without rows."""
+    answers: float = 1.0
+    """Answers of a row, in the mean."""
 
     def percentile(self, share: int) -> int:
         """Tokens that so many percent of rows do not exceed."""
@@ -138,7 +142,7 @@ def _survey(context: StageContext, item: StageInput, tokenizer: Tokenizer) -> Da
     by_split: dict[str, list[Row]] = {name: [] for name in SPLITS}
     for row in parsed.rows:
         by_split[split_of(row, item.settings)].append(row)
-    method: Method = "preference" if parsed.format == "preference" else "completion"
+    method = METHODS.get(parsed.format, "completion")
     splits, examples = {}, list[str]()
     for name, rows in by_split.items():
         lengths: list[int] = []
@@ -150,7 +154,8 @@ def _survey(context: StageContext, item: StageInput, tokenizer: Tokenizer) -> Da
                 len(row.prompt) + max((len(response.ids) for response in row.responses), default=0)
                 for row in encoded.rows
             )
-        splits[name] = SplitFindings(len(rows), quantiles(lengths))
+        answers = sum(len(row.responses) for row in rows) / len(rows) if rows else 1.0
+        splits[name] = SplitFindings(len(rows), quantiles(lengths), answers)
     return DatasetFindings(
         name=item.name,
         format=parsed.format,

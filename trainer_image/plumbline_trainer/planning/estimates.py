@@ -13,14 +13,19 @@ from typing import Any
 
 from plumbline_api.evaluation import Evaluate
 from plumbline_api.record import StageRecord
-from plumbline_api.training import Dpo, Pretrain, Sft, Training, TrainingStage
+from plumbline_api.training import Dpo, Pretrain, RewardModel, Sft, Training, TrainingStage
 
 from plumbline_trainer.engine.schedule import plan_steps
 from plumbline_trainer.planning.datasets import SplitFindings
 from plumbline_trainer.planning.facts import ModelFacts
 
 RUNTIME_BYTES = 800 * 2**20
-PARAMETER_MODELS: dict[str, type[TrainingStage]] = {"pretrain": Pretrain, "sft": Sft, "dpo": Dpo}
+PARAMETER_MODELS: dict[str, type[TrainingStage]] = {
+    "pretrain": Pretrain,
+    "sft": Sft,
+    "rewardModel": RewardModel,
+    "dpo": Dpo,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +62,21 @@ def estimate(
             names, seed=0, global_batch=training.global_batch, epochs=training.epochs, max_steps=training.max_steps
         ).steps
         share = min(steps * training.global_batch / rows.rows, max(training.epochs, 1 / rows.rows))
-        tokens = round(rows.tokens(training.max_length) * share * (2 if stage.type == "dpo" else 1))
+        tokens = round(rows.tokens(training.max_length) * share * _answers(stage, rows))
         if tokens_per_second is not None and stage.resources.gpus_per_node:
             rate = tokens_per_second * 1e9 / facts.parameters
             gpu_hours = round(tokens / rate / 3600, 4)
     longest = training.tokens_per_batch
     if rows is not None and rows.rows:
-        row = min(rows.percentile(100), training.max_length) * (2 if stage.type == "dpo" else 1)
+        row = round(min(rows.percentile(100), training.max_length) * _answers(stage, rows))
         # A micro-batch is part of a step, and a row longer than the budget stands alone.
         longest = max(row, min(longest, row * training.global_batch))
     return Estimate(steps, tokens, _training_memory(parameters, training, facts, longest), gpu_hours)
+
+
+def _answers(stage: StageRecord, rows: SplitFindings) -> float:
+    """Answers of a row that go through the model."""
+    return rows.answers if stage.type == "rewardModel" else 2 if stage.type == "dpo" else 1
 
 
 def lora_parameters(rank: int, targets: list[str] | None, facts: ModelFacts) -> int:

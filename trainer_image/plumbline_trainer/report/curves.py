@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from plumbline_trainer.report.facts import Point, series
 
@@ -30,6 +31,11 @@ class Panel:
 PANELS: dict[str, tuple[Panel, ...]] = {
     "pretrain": (Panel("Loss per token", "loss", "evalLoss"),),
     "sft": (Panel("Loss per token", "loss", "evalLoss"),),
+    "rewardModel": (
+        Panel("Loss", "loss", "evalLoss"),
+        Panel("Better answer has the higher reward", "rewardAccuracy", "evalRewardAccuracy", 0.5),
+        Panel("Margin of the reward", "rewardMargin", "evalRewardMargin", 0.0),
+    ),
     "dpo": (
         Panel("Loss", "loss", "evalLoss", 0.6931471805599453),
         Panel("Chosen preferred to rejected", "rewardAccuracy", "evalRewardAccuracy", 0.5),
@@ -63,6 +69,45 @@ def draw_curves(stage: str, stage_type: str, points: Sequence[Point]) -> list[Fi
 def _draw(
     panel: Panel, steps: Sequence[int], values: Sequence[float], held_out: tuple[list[int], list[float]], *, name: str
 ) -> str:
+    from matplotlib.ticker import MaxNLocator
+
+    def paint(axes: Any) -> None:
+        if panel.reference is not None:
+            axes.axhline(panel.reference, color=_INK, linewidth=0.9, dashes=(3, 3))
+        smooth = len(values) >= _SMOOTH_FROM
+        axes.plot(steps, values, color=_FIRST, linewidth=1.6, alpha=0.3 if smooth else 1.0)
+        if smooth:
+            axes.plot(steps, smoothed(values), color=_FIRST, linewidth=2.0)
+        if len(held_out[0]) > 0:
+            axes.plot(*held_out, color=_SECOND, linewidth=1.6, marker="o", markersize=5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axes.set_xlabel("optimizer step")
+
+    return _plot(name, paint)
+
+
+def draw_reliability(stage: str, calibration: dict[str, Any]) -> Figure | None:
+    """How often the answer with the higher reward is the better one, by how sure it is of that; None without rows.
+
+    Args:
+        stage: name of the stage.
+        calibration: `error` and `bins` of its evaluation.json.
+    """
+    bins = [(float(item["confidence"]), float(item["accuracy"])) for item in calibration.get("bins", [])]
+    if not bins:
+        return None
+
+    def paint(axes: Any) -> None:
+        axes.plot([0.5, 1.0], [0.5, 1.0], color=_INK, linewidth=0.9, dashes=(3, 3))
+        axes.plot(*zip(*bins, strict=True), color=_SECOND, linewidth=1.6, marker="o", markersize=5)
+        axes.set_xlabel("probability that the reward model gives its favourite")
+
+    said = ", ".join(f"{accuracy:.0%} right where it is {confidence:.0%} sure" for confidence, accuracy in bins)
+    title = f"Calibration, expected error {float(calibration['error']):.2f}"
+    return Figure(title, _plot(f"{stage}-calibration", paint), f"{title}: {said}")
+
+
+def _plot(name: str, paint: Callable[[Any], None]) -> str:
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -87,18 +132,9 @@ def _draw(
         axes = canvas.subplots()
         axes.grid(axis="y", color=_GRID, linewidth=0.8)
         axes.set_axisbelow(True)
-        if panel.reference is not None:
-            axes.axhline(panel.reference, color=_INK, linewidth=0.9, dashes=(3, 3))
-        smooth = len(values) >= _SMOOTH_FROM
-        axes.plot(steps, values, color=_FIRST, linewidth=1.6, alpha=0.3 if smooth else 1.0)
-        if smooth:
-            axes.plot(steps, smoothed(values), color=_FIRST, linewidth=2.0)
-        if len(held_out[0]) > 0:
-            axes.plot(*held_out, color=_SECOND, linewidth=1.6, marker="o", markersize=5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        paint(axes)
         axes.ticklabel_format(axis="y", useOffset=False)
-        axes.set_xlabel("optimizer step")
         axes.margins(x=0.02)
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Type": None})
