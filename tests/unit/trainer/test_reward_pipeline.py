@@ -182,7 +182,7 @@ def test_report_and_card_tell_of_the_reward_model(done: Done, tmp_path: Path) ->
     assert "judge: reward model “reward”" in page
     card = (folder / "model-card.md").read_text()
     accuracy = results["reward"].metrics["accuracy"]
-    assert f"| reward | {100 * accuracy:.0f}\u00a0% |" in card
+    assert f"| reward | {100 * accuracy:.0f} % |" in card
     assert json.loads((folder / "lineage.json").read_text())["model"]["stage"] == "dpo"
 
 

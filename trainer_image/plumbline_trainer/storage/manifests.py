@@ -88,7 +88,7 @@ class Parent(Contract):
         return StageInput(
             role=self.role,
             name=self.name,
-            kind=self.kind,  # type: ignore[arg-type]
+            kind=self.kind,
             stage_type=self.type,
             fingerprint=self.fingerprint,
             uri=self.uri,
