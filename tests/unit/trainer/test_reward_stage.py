@@ -16,9 +16,10 @@ from plumbline_trainer.data.loading import load_rows
 from plumbline_trainer.data.rows import Message
 from plumbline_trainer.engine import reward_pass
 from plumbline_trainer.engine.values import score_values
-from plumbline_trainer.errors import InputError
+from plumbline_trainer.errors import InputError, Interrupted
 from plumbline_trainer.models.policy import load_policy
 from plumbline_trainer.models.reward import RewardModel, load_reward_model
+from plumbline_trainer.stages import reward_model
 from safetensors.torch import load_file
 from support.ranks import run_ranks
 from support.trainer import manifest_of, output_folder, output_of, run_in_process, stage_context, stage_run, write_jsonl
@@ -130,8 +131,6 @@ def test_without_held_out_rows_nothing_is_claimed(tmp_path: Path, caplog: pytest
     run = reward_run(tmp_path, lora=LORA, maxSteps=2)
     context = stage_context(tmp_path, run)
     context.log.propagate = True
-    from plumbline_trainer.stages import reward_model
-
     output = reward_model.run(context)
     assert output is not None
     assert "accuracy" not in output.metrics
@@ -268,6 +267,34 @@ def test_nothing_is_dropped_at_random(tmp_path: Path) -> None:
         succeed(folder, run)
         results.append(weights_of(run))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_stopped_while_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All steps are done and rounded weights are in the checkpoint: the next attempt takes no step and ends the same."""
+    settings: dict[str, Any] = {"evaluation": 0.2, "test": 0.2, "dtype": "bfloat16", "maxSteps": 3}
+    whole = reward_run(tmp_path / "whole", **settings)
+    figures = succeed(tmp_path / "whole", whole)
+
+    run = reward_run(tmp_path / "stopped", **settings)
+    context = stage_context(tmp_path / "stopped" / "one", run)
+    real = reward_pass._values
+
+    def stopping(training: Any, scorer: Any, rows: Any, what: str) -> Any:
+        context.stop.request()
+        return real(training, scorer, rows, what)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reward_pass, "_values", stopping)
+        with pytest.raises(Interrupted) as caught:
+            reward_model.run(context)
+    assert caught.value.step == 3
+    result, code = run_in_process(tmp_path / "stopped" / "two", run)
+    assert code == 0, result.message
+    assert (result.first_step, result.last_step) == (3, 3)
+    again = manifest_of(run).metrics
+    timing = {"tokensPerSecond"}
+    assert {k: v for k, v in again.items() if k not in timing} == {k: v for k, v in figures.items() if k not in timing}
+    assert all(torch.equal(one, weights_of(whole)[name]) for name, one in weights_of(run).items())
 
 
 def test_it_starts_from_the_merged_policy_and_the_policy_stays(tmp_path: Path) -> None:
