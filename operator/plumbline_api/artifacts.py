@@ -10,6 +10,7 @@ class ArtifactKind(StrEnum):
     """What an output in storage is, and so what may take it as an input."""
 
     POLICY = "policy"
+    REWARD_MODEL = "rewardModel"
     DATASET = "dataset"
     REPORT = "report"
 
@@ -24,6 +25,7 @@ DatasetFormat = Literal[
     "promptCompletion",
     "preference",
     "unpaired",
+    "ranked",
 ]
 """How the rows of a dataset are written. `auto` is `dataset<unknown>` until preflight has read it.
 
@@ -33,7 +35,8 @@ DatasetFormat = Literal[
 - dialogue: `{dialogue}` or `{text}` with `USER:` / `ASSISTANT:` turns
 - messages: `{messages: [{role, content}]}`
 - promptCompletion: `{prompt, completion}`, each text or messages
-- preference: `{prompt, chosen, rejected}`, each text or messages; without `prompt` the common beginning is the prompt
+- preference: `{prompt, chosen, rejected, margin?}`, each text or messages; without `prompt` the common beginning is the prompt
+- ranked: `{prompt, completions}`, best first, or each `{text, rank}` or `{text, score}`; as pairs: the best against the worst
 - unpaired: `{prompt, completion, label}`; the label says whether the completion is desirable: true or false, or 1 or 0
 """
 
@@ -42,13 +45,16 @@ DATASET_FORMATS: tuple[str, ...] = DatasetFormat.__args__  # type: ignore[attr-d
 SUPERVISED_FORMATS = frozenset({"instruction", "contextResponse", "dialogue", "messages", "promptCompletion"})
 """Formats with a prompt and an answer to imitate."""
 TEXT_FORMATS = frozenset({"text"})
-PREFERENCE_FORMATS = frozenset({"preference"})
-UNPAIRED_FORMATS = frozenset({"unpaired", "preference"})
-"""Formats that say of each answer whether it is desirable; of a pair, the chosen one is and the rejected one is not."""
+PREFERENCE_FORMATS = frozenset({"preference", "ranked"})
+"""Formats with a chosen and a rejected answer; of ranked rows, the best and the worst."""
+RANKING_FORMATS = PREFERENCE_FORMATS
+"""Formats that put the answers to one prompt in an order."""
+UNPAIRED_FORMATS = frozenset({"unpaired"}) | PREFERENCE_FORMATS
+"""Formats that say of an answer whether it is desirable; of a pair, the chosen one is and the rejected one is not."""
 PROMPT_FORMATS = SUPERVISED_FORMATS | PREFERENCE_FORMATS
 """Formats whose rows have a prompt that a policy can answer."""
 LIKELIHOOD_FORMATS = SUPERVISED_FORMATS | TEXT_FORMATS | PREFERENCE_FORMATS
-"""Formats with tokens whose likelihood can be measured; of preference rows, the chosen answer."""
+"""Formats with tokens whose likelihood can be measured; of preference and ranked rows, the chosen or best answer."""
 
 FORMAT_DESCRIPTIONS: dict[str, str] = {
     "text": "raw text",
@@ -59,5 +65,6 @@ FORMAT_DESCRIPTIONS: dict[str, str] = {
     "promptCompletion": "instruction rows (prompt, completion)",
     "preference": "preference rows (prompt, chosen, rejected)",
     "unpaired": "unpaired rows (prompt, completion, label)",
+    "ranked": "ranked rows (prompt, completions)",
     "auto": "rows of a format that preflight detects",
 }

@@ -76,6 +76,8 @@ class Judge(OneOf):
     """A programmatic rule."""
     model: ModelJudge | None = None
     """A language model."""
+    stage: Name | None = None
+    """A rewardModel stage: the answer with the higher reward wins."""
 
 
 class WinRateSuite(Contract):

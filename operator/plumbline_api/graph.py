@@ -19,7 +19,7 @@ class Reference:
     """A name that a stage uses for an input."""
 
     role: str
-    """`model`, `reference`, `baseline`, `dataset`, `rehearsal.N.dataset`, `ewc.dataset` or `suites.N.dataset`."""
+    """`model`, `reference`, `baseline`, `dataset`, `rehearsal.N.dataset`, `ewc.dataset`, `suites.N.dataset` or `suites.N.judge`."""
     field: str
     """Path of the field below `spec.`."""
     target: str
@@ -96,6 +96,13 @@ def references(spec: PipelineSpec, index: int) -> Iterator[Reference]:
                 SUITE_FORMATS[suite.choice],
                 split=suite.value.split,
             )
+            if suite.win_rate is not None and suite.win_rate.judge.stage is not None:
+                yield Reference(
+                    f"suites.{number}.judge",
+                    f"{here}.evaluate.suites[{number}].winRate.judge.stage",
+                    suite.win_rate.judge.stage,
+                    ArtifactKind.REWARD_MODEL,
+                )
 
 
 def dependencies(spec: PipelineSpec, index: int) -> list[str]:

@@ -43,7 +43,7 @@ class StageInput(Contract):
     """Field that names it, such as `model`, `dataset`, `reference`, `baseline`, `suites.0.dataset`."""
     name: str
     """What people call it: the stage's or the dataset's name, or `base`."""
-    kind: Literal["policy", "dataset", "report"]
+    kind: Literal["policy", "rewardModel", "dataset", "report"]
     """What it is."""
     stage_type: str | None = None
     """Type of the stage that wrote it; None for external inputs."""

@@ -11,6 +11,7 @@ from pydantic import Field
 from plumbline_api.artifacts import (
     LIKELIHOOD_FORMATS,
     PREFERENCE_FORMATS,
+    RANKING_FORMATS,
     SUPERVISED_FORMATS,
     TEXT_FORMATS,
     UNPAIRED_FORMATS,
@@ -18,7 +19,7 @@ from plumbline_api.artifacts import (
 )
 from plumbline_api.base import Contract, Duration, Name, OneOf, Quantity
 from plumbline_api.evaluation import Evaluate, Gate
-from plumbline_api.training import Dpo, Kto, Pretrain, Sft
+from plumbline_api.training import Dpo, Kto, Pretrain, RewardModel, Sft
 
 
 class Resources(Contract):
@@ -67,6 +68,8 @@ class Stage(OneOf):
     """Continued pre-training on raw text."""
     sft: Sft | None = None
     """Supervised fine-tuning on prompts and answers."""
+    reward_model: RewardModel | None = None
+    """Reward model on preference pairs or ranked answers."""
     dpo: Dpo | None = None
     """Direct preference optimisation on preference pairs."""
     kto: Kto | None = None
@@ -109,6 +112,7 @@ STAGE_TYPES: dict[str, StageType] = {
     for kind in (
         StageType("pretrain", 1, ArtifactKind.POLICY, "train", TEXT_FORMATS),
         StageType("sft", 1, ArtifactKind.POLICY, "train", SUPERVISED_FORMATS),
+        StageType("rewardModel", 1, ArtifactKind.REWARD_MODEL, "train", RANKING_FORMATS),
         StageType("dpo", 1, ArtifactKind.POLICY, "train", PREFERENCE_FORMATS),
         StageType("kto", 1, ArtifactKind.POLICY, "train", UNPAIRED_FORMATS),
         StageType("merge", 1, ArtifactKind.POLICY, "cpu"),

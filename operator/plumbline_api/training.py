@@ -192,7 +192,7 @@ class Training(Contract):
 
 
 class TrainingStage(Contract):
-    """Fields of every stage that trains a policy."""
+    """Fields of every stage that trains."""
 
     dataset: Name
     """Name of the dataset to train on."""
@@ -270,6 +270,15 @@ class Sft(LikelihoodStage):
     """Tokens that carry loss: those of the last answer, all tokens, or every assistant turn."""
 
 
+class RewardModel(TrainingStage):
+    """Reward model: the policy with a scalar head, trained on which answer is better (Bradley-Terry; Plackett-Luce on ranked rows)."""
+
+    heads: Annotated[int, Field(ge=1, le=32)] = 1
+    """Heads of an ensemble on one backbone, each with a start of its own."""
+    centring: Annotated[float, Field(gt=0, le=100)] | None = None
+    """Weight c of c·(r_w + r_l)², which keeps rewards around zero; 0.01 is usual. Absent: none."""
+
+
 class Dpo(TrainingStage):
     """Direct preference optimisation (Rafailov et al. 2023)."""
 
@@ -306,6 +315,7 @@ class Kto(TrainingStage):
 DEFAULT_LEARNING_RATES: dict[str, tuple[float, float]] = {
     "pretrain": (2e-4, 2e-5),
     "sft": (2e-4, 2e-5),
+    "rewardModel": (1e-4, 1e-5),
     "dpo": (5e-6, 1e-6),
     "kto": (5e-6, 1e-6),
 }

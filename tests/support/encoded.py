@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 
 from plumbline_trainer.data.encode import Encoded, EncodedResponse, Role
 
@@ -59,4 +61,31 @@ def make_completion(
         prompt=[rng.randrange(VOCABULARY) for _ in range(prompt)],
         responses=[make_response(rng, length, "completion", first_scored=0 if prompt else 1, share=share)],
         weight=weight,
+    )
+
+
+def make_ranked(
+    rng: random.Random,
+    prompt: int,
+    lengths: Sequence[int],
+    name: str = "",
+    *,
+    ranks: Sequence[int] | None = None,
+    margin: float = 0.0,
+    weight: float = 1.0,
+) -> Encoded:
+    """A row whose answers are read at their last token; without a prompt their first tokens are not scored."""
+    first = 0 if prompt else 1
+    responses = [make_response(rng, length, "completion", first_scored=first) for length in lengths]
+    places = range(len(responses)) if ranks is None else ranks
+    return Encoded(
+        row_id=name or f"ranked-{rng.random()}",
+        group=name or "g",
+        prompt=[rng.randrange(VOCABULARY) for _ in range(prompt)],
+        responses=[
+            replace(response, reads=(len(response.ids) - 1,), rank=rank)
+            for response, rank in zip(responses, places, strict=True)
+        ],
+        weight=weight,
+        margin=margin,
     )

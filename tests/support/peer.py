@@ -110,7 +110,7 @@ def sft_trainer(model: Any, rows: Sequence[Encoded], arguments: dict[str, Any]) 
     trainer = trl.SFTTrainer(
         model, args=config, train_dataset=datasets.Dataset.from_list(data), processing_class=make_tokenizer()
     )
-    return _in_order(trainer)
+    return in_order(trainer)
 
 
 def dpo_trainer(model: Any, rows: Sequence[Encoded], arguments: dict[str, Any], *, beta: float) -> Any:
@@ -142,7 +142,7 @@ def dpo_trainer(model: Any, rows: Sequence[Encoded], arguments: dict[str, Any], 
         train_dataset=datasets.Dataset.from_list(data),
         processing_class=make_tokenizer(),
     )
-    return _in_order(trainer)
+    return in_order(trainer)
 
 
 def kto_trainer(model: Any, rows: Sequence[Encoded], arguments: dict[str, Any], **fields: Any) -> Any:
@@ -173,10 +173,11 @@ def kto_trainer(model: Any, rows: Sequence[Encoded], arguments: dict[str, Any], 
         train_dataset=datasets.Dataset.from_list(data),
         processing_class=make_tokenizer(),
     )
-    return _in_order(trainer)
+    return in_order(trainer)
 
 
-def _in_order(trainer: Any) -> Any:
+def in_order(trainer: Any) -> Any:
+    """Let a trainer of trl take the rows as they are given."""
     trainer._get_train_sampler = lambda dataset=None: SequentialSampler(dataset or trainer.train_dataset)
     return trainer
 
@@ -215,13 +216,15 @@ def plan_of(rows: Sequence[Encoded], training: Training) -> StepPlan:
 class LossCurve:
     """Our training loop on ready rows; remembers the loss of every step."""
 
-    def __init__(self, folder: Path, model: Any, rows: Sequence[Encoded], training: Training) -> None:
+    def __init__(
+        self, folder: Path, model: Any, rows: Sequence[Encoded], training: Training, scorer: Scorer | None = None
+    ) -> None:
         context = stage_context(folder, stage_run(folder))
         self.losses: list[float] = []
         context.progress.update = lambda step, steps, message="", metrics=None: (  # type: ignore[method-assign]
             self.losses.append(metrics["loss"]) if metrics else None
         )
-        scorer = Scorer(model)
+        scorer = Scorer(model) if scorer is None else scorer
         scorer.eval()
         self.run = TrainingRun(context, Ranks(), scorer, plan_of(rows, training), list(rows), training)
 

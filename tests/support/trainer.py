@@ -165,7 +165,7 @@ def base_model(uri: str, role: str = "model") -> StageInput:
 def output_of(run: StageRun, role: str = "model") -> StageInput:
     """The input that stands for another stage's output."""
     kind = yields_of(run.type, run.parameters)
-    assert kind in (ArtifactKind.POLICY, ArtifactKind.REPORT)
+    assert kind is not ArtifactKind.DATASET
     return StageInput(role=role, name=run.stage, kind=kind.value, stage_type=run.type, fingerprint=run.fingerprint)
 
 
@@ -197,7 +197,8 @@ def parameters_of(model: Any, *, seed: int = 0, **resolved: Any) -> dict[str, An
     if training is not None:
         if training.get("precision", "auto") == "auto":
             training["precision"] = "float32"
-        with_lora, full = DEFAULT_LEARNING_RATES[type(model).__name__.lower()]
+        name = type(model).__name__
+        with_lora, full = DEFAULT_LEARNING_RATES[name[:1].lower() + name[1:]]
         training.setdefault("learningRate", with_lora if "lora" in found else full)
     if "lora" in found:
         found["lora"].setdefault("alpha", 2.0 * found["lora"]["rank"])

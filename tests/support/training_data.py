@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from plumbline_api.stagerun import StageRun
-from plumbline_api.training import Dpo, Kto, Pretrain, Sft
+from plumbline_api.training import Dpo, Kto, Pretrain, RewardModel, Sft
 from support.tiny import save_model
 from support.trainer import base_model, external, parameters_of, stage_run, write_jsonl
 
@@ -38,12 +38,17 @@ def phrase(rng: random.Random, low: int, high: int) -> str:
 
 
 def rows_of(kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows of uneven length: `text`, `promptCompletion`, `unpaired` or `preference`."""
+    """Rows of uneven length: `text`, `promptCompletion`, `unpaired`, `preference` or `ranked`."""
     rng = random.Random(seed)
     if kind == "text":
         return [{"text": phrase(rng, 3, 40)} for _ in range(count)]
     if kind == "promptCompletion":
         return [{"prompt": f"{n}: {phrase(rng, 2, 15)}", "completion": phrase(rng, 1, 20)} for n in range(count)]
+    if kind == "ranked":
+        return [
+            {"prompt": f"{n}: {phrase(rng, 2, 15)}", "completions": [phrase(rng, 1, 9) for _ in range(2 + n % 3)]}
+            for n in range(count)
+        ]
     if kind == "unpaired":
         return [
             {"prompt": f"{n}: {phrase(rng, 2, 25)}", "completion": phrase(rng, 1, 12), "label": rng.random() < 0.5}
@@ -55,8 +60,14 @@ def rows_of(kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-FORMATS = {"pretrain": "text", "sft": "promptCompletion", "dpo": "preference", "kto": "unpaired"}
-MODELS = {"pretrain": Pretrain, "sft": Sft, "dpo": Dpo, "kto": Kto}
+FORMATS = {
+    "pretrain": "text",
+    "sft": "promptCompletion",
+    "rewardModel": "preference",
+    "dpo": "preference",
+    "kto": "unpaired",
+}
+MODELS = {"pretrain": Pretrain, "sft": Sft, "rewardModel": RewardModel, "dpo": Dpo, "kto": Kto}
 
 
 def training_run(
@@ -74,6 +85,7 @@ def training_run(
     form: str = "",
     stage: dict[str, Any] | None = None,
     others: dict[str, str] | None = None,
+    test: float = 0.0,
     **training: Any,
 ) -> StageRun:
     """A training stage on a tiny model and small data, both made under `folder` when they are not there yet.
@@ -90,7 +102,7 @@ def training_run(
     if lora is not None:
         fields["lora"] = lora
     parameters = parameters_of(MODELS[type_].model_validate(fields), seed=seed)
-    split = {"evaluation": evaluation, "test": 0.0}
+    split = {"evaluation": evaluation, "test": test}
     inputs = [base_model(f"file://{model}"), external("dataset", uri, format=form, split=split)]
     for number, (role, kind) in enumerate((others or {}).items()):
         other = write_jsonl(folder / f"other-{number}.jsonl", rows_of(kind, rows, seed=100 + number))

@@ -41,6 +41,7 @@ STAGES: dict[str, str] = {
     "finalize": "plumbline_trainer.stages.finalize",
     "pretrain": "plumbline_trainer.stages.pretrain",
     "sft": "plumbline_trainer.stages.sft",
+    "rewardModel": "plumbline_trainer.stages.reward_model",
     "dpo": "plumbline_trainer.stages.dpo",
     "kto": "plumbline_trainer.stages.kto",
     "merge": "plumbline_trainer.stages.merge",

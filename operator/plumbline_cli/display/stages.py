@@ -17,6 +17,7 @@ from plumbline_cli.display.words import duration, moment, number
 KEY_FIGURES: dict[str, tuple[str, ...]] = {
     "pretrain": ("evalLoss", "loss"),
     "sft": ("evalLoss", "loss"),
+    "rewardModel": ("accuracy", "calibrationError", "lengthSpearman", "rewardAccuracy", "loss"),
     "dpo": ("evalRewardAccuracy", "rewardAccuracy", "loss", "rewardMargin"),
     "kto": ("evalRewardAccuracy", "rewardAccuracy", "loss", "rewardMargin"),
     "merge": ("lostPart", "logitKl"),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from plumbline_api.check import check
 from plumbline_api.errors import ManifestError
-from plumbline_api.graph import start_of
+from plumbline_api.graph import BASE_MODEL, dependencies, start_of
 from plumbline_api.pipeline import AlignmentPipeline
 from plumbline_api.runtime import AlignmentRuntime
 from support.pipelines import DATASETS, STAGES, pipeline_body, runtime_body
@@ -35,6 +35,24 @@ def test_a_range_test_is_no_start_for_what_follows() -> None:
     assert start_of(pipeline.spec, 2) == "domain"
 
 
+REWARD = {"name": "reward", "rewardModel": {"dataset": "prefs", "lora": {"rank": 4}}}
+
+
+def exam_of(name: str, *, judge: dict[str, Any], **evaluate: Any) -> dict[str, Any]:
+    return {"name": name, "evaluate": {"suites": [{"winRate": {"dataset": "prefs", "judge": judge}}], **evaluate}}
+
+
+def test_the_nearest_earlier_policy_is_no_reward_model() -> None:
+    spec = AlignmentPipeline.parse(pipeline_body(stages=[STAGES[1], REWARD, STAGES[2], STAGES[3]])).spec
+    assert [start_of(spec, index) for index in range(4)] == [BASE_MODEL, "sft", "sft", "dpo"]
+
+
+def test_a_judge_is_waited_for() -> None:
+    body = pipeline_body(stages=[STAGES[1], REWARD, exam_of("exam", judge={"stage": "reward"}, baseline="sft")])
+    assert problems_with(body) == []
+    assert dependencies(AlignmentPipeline.parse(body).spec, 2) == ["sft", "reward"]
+
+
 def test_a_full_pipeline_fits() -> None:
     assert problems_with(pipeline_body(), runtime_body(), "cluster") == []
 
@@ -57,14 +75,14 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "two stage types": (
         {"stages": stages_with(0, sft={"dataset": "tickets"})},
         [
-            "spec.stages[0]: exactly one stage type must be set, pretrain and sft are; choose one of: pretrain, sft, dpo, kto, merge, evaluate"
+            "spec.stages[0]: exactly one stage type must be set, pretrain and sft are; choose one of: pretrain, sft, rewardModel, dpo, kto, merge, evaluate"
         ],
     ),
     "wrong dataset format": (
         {"stages": stages_with(2, dpo={"dataset": "tickets"})},
         [
             'spec.stages[2].dpo.dataset: "tickets" holds instruction rows (instruction, input, output); dpo needs preference rows '
-            "(prompt, chosen, rejected). Datasets that fit: prefs"
+            "(prompt, chosen, rejected) or ranked rows (prompt, completions). Datasets that fit: prefs"
         ],
     ),
     "missing dataset": (
@@ -126,6 +144,45 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"stages": stages_with(1, sft={"dataset": "tickets", "ewc": {"dataset": "manual"}})},
         ['spec.stages[1].sft.ewc.dataset: there is no dataset "manual". Did you mean manuals?'],
     ),
+    "a reward model as a policy": (
+        {"stages": [*STAGES, REWARD, {"name": "again", "model": "reward", "merge": {}}]},
+        [
+            'spec.stages[6].model: "reward" (rewardModel) yields a rewardModel; a policy is needed here. '
+            "Stages that fit: domain, sft, dpo, final"
+        ],
+    ),
+    "a reward model as a reference": (
+        {"stages": [*STAGES, REWARD, {"name": "again", "dpo": {"dataset": "prefs", "reference": "reward"}}]},
+        [
+            'spec.stages[6].dpo.reference: "reward" (rewardModel) yields a rewardModel; a policy is needed here. '
+            "Stages that fit: domain, sft, dpo, final"
+        ],
+    ),
+    "a reward model as a baseline": (
+        {"stages": [*STAGES, REWARD, exam_of("again", judge={"stage": "reward"}, baseline="reward")]},
+        [
+            'spec.stages[6].evaluate.baseline: "reward" (rewardModel) yields a rewardModel; a policy is needed here. '
+            "Stages that fit: domain, sft, dpo, final"
+        ],
+    ),
+    "a policy as a judge": (
+        {"stages": [*STAGES, REWARD, exam_of("again", judge={"stage": "sft"})]},
+        [
+            'spec.stages[6].evaluate.suites[0].winRate.judge.stage: "sft" (sft) yields a policy; a rewardModel is needed '
+            "here. Stages that fit: reward"
+        ],
+    ),
+    "a reward model on instructions": (
+        {"stages": [*STAGES, {"name": "reward", "rewardModel": {"dataset": "tickets"}}]},
+        [
+            'spec.stages[5].rewardModel.dataset: "tickets" holds instruction rows (instruction, input, output); rewardModel '
+            "needs preference rows (prompt, chosen, rejected) or ranked rows (prompt, completions). Datasets that fit: prefs"
+        ],
+    ),
+    "no heads": (
+        {"stages": [{"name": "reward", "rewardModel": {"dataset": "prefs", "heads": 0}}]},
+        ["spec.stages[0].rewardModel.heads: 0: input should be greater than or equal to 1"],
+    ),
     "cycle": (
         {"stages": stages_with(0, model="dpo")},
         ["spec.stages[0]: the stages form a cycle: domain → dpo → sft → domain"],
@@ -157,14 +214,14 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"stages": [*STAGES, {"name": "thumbs", "kto": {"dataset": "manuals"}}]},
         [
             'spec.stages[5].kto.dataset: "manuals" holds raw text; kto needs preference rows (prompt, chosen, rejected) or '
-            "unpaired rows (prompt, completion, label). Datasets that fit: prefs"
+            "ranked rows (prompt, completions) or unpaired rows (prompt, completion, label). Datasets that fit: prefs"
         ],
     ),
     "unpaired rows for dpo": (
         {"datasets": [*DATASETS[:2], {**DATASETS[2], "format": "unpaired"}], "stages": STAGES[:3]},
         [
             'spec.stages[2].dpo.dataset: "prefs" holds unpaired rows (prompt, completion, label); dpo needs preference rows '
-            "(prompt, chosen, rejected). Datasets that fit: none"
+            "(prompt, chosen, rejected) or ranked rows (prompt, completions). Datasets that fit: none"
         ],
     ),
     "kto with a batch of one": (

@@ -283,6 +283,92 @@ def test_pairs_with_equal_answers_are_counted(tmp_path: Path) -> None:
     assert parse_dataset(files(tmp_path, content), "d", {}).equal_pairs == 1
 
 
+def ranked(*completions: Any) -> dict[str, Any]:
+    return {"prompt": "Q", "completions": list(completions)}
+
+
+@pytest.mark.parametrize(
+    ("completions", "expected"),
+    [
+        (("A", "B", "C"), [("A", 0, None), ("B", 1, None), ("C", 2, None)]),
+        (
+            ({"text": "C", "score": -1}, {"text": "A", "score": 2.5}, {"text": "B", "score": 0}),
+            [("A", 0, 2.5), ("B", 1, 0), ("C", 2, -1)],
+        ),
+        (({"completion": "B", "rank": 7}, {"content": "A", "rank": 1}), [("A", 0, None), ("B", 1, None)]),
+        (
+            ({"text": "B", "score": 1}, {"text": "A", "score": 3}, {"text": "C", "score": 1}),
+            [("A", 0, 3), ("B", 1, 1), ("C", 1, 1)],
+        ),
+        # Where both are given the rank decides.
+        (({"text": "A", "rank": 0, "score": 1}, {"text": "B", "rank": 1, "score": 9}), [("A", 0, 1), ("B", 1, 9)]),
+        (([{"role": "assistant", "content": "A"}], "B"), [("A", 0, None), ("B", 1, None)]),
+        (("A", ""), [("A", 0, None), ("", 1, None)]),
+    ],
+)
+def test_ranked_rows_are_read_best_first(
+    tmp_path: Path, completions: tuple[Any, ...], expected: list[tuple[str, int, float | None]]
+) -> None:
+    found = parse_dataset(files(tmp_path, lines(ranked(*completions))), "d", {"format": "auto"})
+    assert found.format == "ranked"
+    (row,) = found.rows
+    assert [(answer.text, answer.rank, answer.score) for answer in row.responses] == expected
+    # As a pair: the best against the worst.
+    chosen, rejected = row.labelled("chosen"), row.labelled("rejected")
+    assert chosen is not None
+    assert rejected is not None
+    assert (chosen.text, rejected.text) == (expected[0][0], expected[-1][0])
+    assert row.chosen is chosen
+
+
+def test_a_preference_row_is_a_ranked_row_of_two(tmp_path: Path) -> None:
+    (pair,) = parse_dataset(files(tmp_path, lines({"prompt": "Q", "chosen": "A", "rejected": "B"})), "d", {}).rows
+    (both,) = parse_dataset(files(tmp_path, lines(ranked("A", "B"))), "d", {}).rows
+    assert (pair.id, pair.group) == (both.id, both.group)
+    assert [(a.text, a.rank, a.label) for a in pair.responses] == [(a.text, a.rank, a.label) for a in both.responses]
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (ranked("A"), '"completions" holds 1 answer, at least two expected'),
+        ({"prompt": "Q", "completions": "A"}, '"completions" is text, a list of answers expected'),
+        (ranked("A", 7), '"completions[1]" is a number, text expected'),
+        (ranked("", "B"), '"completions[0]" is empty'),
+        (ranked("A", {"text": "B", "score": 1}), '"completions[0]" is text where others are objects'),
+        (ranked({"text": "A", "score": 1}, {"text": "B", "rank": 1}), '"completions[1]" has no rank and no score'),
+        (ranked({"text": "A", "score": "high"}, {"text": "B", "score": 1}), '"completions[0].score" is text, a finite'),
+        (ranked({"text": "A", "rank": True}, {"text": "B", "rank": 1}), '"completions[0].rank" is true or false'),
+        (ranked({"text": "A", "score": 1}, {"text": "B", "score": 1}), "all ranked the same"),
+        (ranked({"score": 1}, {"text": "B", "score": 2}), '"completions[0]" has no answer; exactly one of text'),
+        (
+            ranked({"text": "A", "content": "A", "score": 1}, {"text": "B", "score": 2}),
+            '"completions[0]" has text and content; exactly one of',
+        ),
+        ({"prompt": 3, "completions": ["A", "B"]}, '"prompt" is a number'),
+    ],
+)
+def test_bad_ranked_rows_name_file_line_and_fault(tmp_path: Path, bad: Any, said: str) -> None:
+    content = lines(ranked("A", "B"), bad)
+    with pytest.raises(InputError) as caught:
+        parse_dataset(files(tmp_path, content, "ranked.jsonl"), "ranked", {"format": "ranked"})
+    assert str(caught.value).startswith("s3://corpus/ranked.jsonl line 2: ")
+    assert said in str(caught.value)
+
+
+def test_margins_are_read_by_name_or_by_column(tmp_path: Path) -> None:
+    pair = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+    rows = parse_dataset(files(tmp_path, lines(pair | {"margin": 0.5}, pair, pair | {"margin": None})), "d", {}).rows
+    assert [row.margin for row in rows] == [0.5, 0.0, 0.0]
+    assert rows[1].id == f"{rows[0].id}-2"
+    mapped = {"columns": {"margin": "gap"}}
+    (row,) = parse_dataset(files(tmp_path, lines(pair | {"gap": 2})), "d", mapped).rows
+    assert row.margin == 2.0
+    for bad in ("much", True, float("inf")):
+        with pytest.raises(InputError, match=r'"gap" is .*, a finite number expected'):
+            parse_dataset(files(tmp_path, lines(pair | {"gap": bad})), "d", mapped)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: (

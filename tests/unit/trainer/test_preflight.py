@@ -195,7 +195,7 @@ def test_formats_are_checked_once_they_are_known(tmp_path: Path, model: Path) ->
     assert (code, result.reason) == (2, "BadInput")
     assert result.message == (
         'spec.stages[0].dpo.dataset: "q" holds instruction rows (instruction, input, output); dpo needs preference rows '
-        "(prompt, chosen, rejected). Datasets that fit: p"
+        "(prompt, chosen, rejected) or ranked rows (prompt, completions). Datasets that fit: p"
     )
 
 

@@ -48,7 +48,7 @@ class Ended(RunFacts):
     failures = []
 
     def __init__(self):
-        pass
+        self.stages = []
 
 
 @pytest.mark.parametrize(

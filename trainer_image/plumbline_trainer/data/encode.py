@@ -20,7 +20,7 @@ from plumbline_trainer.errors import InputError
 if TYPE_CHECKING:
     from plumbline_trainer.models.tokenizer import Tokenizer
 
-Method = Literal["text", "completion", "all", "assistant", "preference", "unpaired", "prompt"]
+Method = Literal["text", "completion", "all", "assistant", "preference", "unpaired", "score", "prompt"]
 """What carries loss.
 
 - text: every token of raw text but the first
@@ -29,6 +29,7 @@ Method = Literal["text", "completion", "all", "assistant", "preference", "unpair
 - assistant: every turn of the assistant
 - preference: the chosen and the rejected answer
 - unpaired: every labelled answer; of a pair, the chosen one is desirable and the rejected one is not
+- score: every answer, in the row's order; what is read is a score at its last token, the end token itself
 - prompt: nothing; the prompt is for sampling
 """
 
@@ -58,6 +59,10 @@ class EncodedResponse:
     role: Role
     truncated: bool = False
     """Whether its end was cut off, and with it the end token."""
+    reads: tuple[int, ...] = ()
+    """Indices of the ids at which scalar heads are read."""
+    rank: int = 0
+    """0 is best; equal ones are not compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,8 @@ class Encoded:
     prompt: list[int]
     responses: list[EncodedResponse]
     weight: float = 1.0
+    margin: float = 0.0
+    """How much better the chosen answer is said to be."""
 
 
 @dataclass
@@ -110,6 +117,7 @@ class _Dialogue:
     prompt: tuple[Message, ...]
     messages: tuple[Message, ...]
     role: Role
+    rank: int = 0
 
     def texts(self, render: Renderer, source: str) -> list[str]:
         """The whole dialogue, then for every turn of the assistant after the prompt what lies before and up to it."""
@@ -221,6 +229,9 @@ def _dialogues(row: Row, method: Method) -> list[_Dialogue]:
         if not labelled:
             raise InputError(f"{row.source}: an answer with a label, or a chosen and a rejected one, is needed")
         return [_Dialogue(row.prompt, row.prompt + item.messages, DESIRABLE[item.label]) for item in labelled]
+    if method == "score":
+        answers = [(response, response.rank or 0) for response in row.responses]
+        return [_Dialogue(row.prompt, row.prompt + answer.messages, "completion", rank) for answer, rank in answers]
     messages = row.prompt + _answer(row).messages
     if method == "assistant":
         first = next(index for index, message in enumerate(messages) if message.role == "assistant")
@@ -271,7 +282,9 @@ def _add_dialogue(
         marks = mask[kept]
         if not shared and marks:
             marks[0] = False  # nothing comes before it that could predict it
-        responses.append(EncodedResponse(whole[kept], marks, item.role, truncated=len(whole) > max_length))
+        ids = whole[kept]
+        reads = (len(ids) - 1,) if method == "score" else ()
+        responses.append(EncodedResponse(ids, marks, item.role, len(whole) > max_length, reads, item.rank))
     if not all(any(response.mask) for response in responses):
         found.dropped += 1
         found._remark(
@@ -280,7 +293,7 @@ def _add_dialogue(
         )
         return
     found.truncated += any(response.truncated for response in responses)
-    found.rows.append(Encoded(row.id, row.group, prompt if shared else [], responses, row.weight))
+    found.rows.append(Encoded(row.id, row.group, prompt if shared else [], responses, row.weight, row.margin))
 
 
 def _with_end(sequence: Sequence[list[int]], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:

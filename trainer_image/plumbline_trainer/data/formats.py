@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 from plumbline_api.artifacts import DATASET_FORMATS
 
 from plumbline_trainer.data.dialogues import common_text, common_turns, looks_like_dialogue, parse_dialogue
-from plumbline_trainer.data.records import Record, SourceFile, kind_of, read_records
+from plumbline_trainer.data.ranked import rank_completions
+from plumbline_trainer.data.records import BadRowError, Record, SourceFile, is_number, kind_of, read_records
 from plumbline_trainer.data.rows import TEXT_ROLE, Message, Response, Row
 from plumbline_trainer.data.splits import prompt_group
 from plumbline_trainer.errors import InputError
@@ -20,6 +21,7 @@ from plumbline_trainer.errors import InputError
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REQUIRED: dict[str, tuple[str, ...]] = {
     "preference": ("chosen", "rejected"),
+    "ranked": ("prompt", "completions"),
     "messages": ("messages",),
     "instruction": ("instruction", "output"),
     "contextResponse": ("context", "response"),
@@ -29,14 +31,14 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 """Fields that a row must have; in this order formats are detected."""
-OPTIONAL: dict[str, tuple[str, ...]] = {"preference": ("prompt",), "instruction": ("input",), "dialogue": ("text",)}
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "preference": ("prompt", "margin"),
+    "instruction": ("input",),
+    "dialogue": ("text",),
+}
 EVERYWHERE = ("weight",)
 """Fields that any format may have, if `columns` names them."""
 EXAMPLES = 3
-
-
-class BadRowError(ValueError):
-    """A record of the wrong shape; the text says what is wrong with it."""
 
 
 @dataclass
@@ -135,13 +137,12 @@ def parse_record(record: Record, format_: str, columns: Mapping[str, str]) -> Ro
     prompt, responses = PARSERS[format_](fields)
     identity = [[m.role, m.content] for m in prompt], [[m.role, m.content] for r in responses for m in r.messages]
     digest = hashlib.sha256(json.dumps(identity, ensure_ascii=True).encode()).hexdigest()[:16]
-    weight = fields.get("weight", 1.0)
-    if isinstance(weight, str):  # every cell of a CSV file is text
-        weight = _number(weight)
-    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight < float("inf"):
-        raise BadRowError(f'"{columns.get("weight", "weight")}" is {kind_of(weight)}, a number of at least 0 expected')
+    weight = _finite(fields, "weight", columns) if "weight" in fields else 1.0
+    if weight < 0:
+        raise BadRowError(f'"{columns.get("weight", "weight")}" is {weight:g}, a number of at least 0 expected')
+    margin = 0.0 if fields.get("margin") is None else _finite(fields, "margin", columns)
     text = responses[0].text if not prompt else None
-    return Row(digest, prompt_group(prompt, text), prompt, responses, float(weight), record.where)
+    return Row(digest, prompt_group(prompt, text), prompt, responses, weight, record.where, margin)
 
 
 def _records(files: Iterable[SourceFile]) -> Iterable[Record]:
@@ -150,7 +151,7 @@ def _records(files: Iterable[SourceFile]) -> Iterable[Record]:
 
 
 def _renamed(row: Row, name: str) -> Row:
-    return Row(name, row.group, row.prompt, row.responses, row.weight, row.source)
+    return replace(row, id=name)
 
 
 def _check_columns(name: str, format_: str, columns: Mapping[str, str]) -> None:
@@ -195,6 +196,15 @@ def _text(fields: Mapping[str, Any], name: str, *, may_be_empty: bool = False) -
     if not may_be_empty and not value.strip():
         raise BadRowError(f'"{name}" is empty')
     return value
+
+
+def _finite(fields: Mapping[str, Any], name: str, columns: Mapping[str, str]) -> float:
+    value = fields[name]
+    if isinstance(value, str):  # every cell of a CSV file is text
+        value = _number(value)
+    if not is_number(value):
+        raise BadRowError(f'"{columns.get(name, name)}" is {kind_of(value)}, a finite number expected')
+    return float(value)
 
 
 def _number(text: str) -> Any:
@@ -288,8 +298,7 @@ def _parse_unpaired(fields: Mapping[str, Any]) -> Parsed:
     desirable = _label(fields["label"])
     prompt = _prompt(fields)
     # An empty answer can be a bad one, as in a pair.
-    name = "completion" if desirable else "rejected"
-    turns = _answer_turns({name: fields["completion"]}, name, prompt)
+    turns = _answer_turns(fields, "completion", prompt, may_be_empty=not desirable)
     return prompt, (Response("0", turns, label="desirable" if desirable else "undesirable"),)
 
 
@@ -311,7 +320,7 @@ def _parse_preference(fields: Mapping[str, Any]) -> Parsed:
     if fields.get("prompt") is not None:
         prompt = _prompt(fields)
         chosen = _answer_turns(fields, "chosen", prompt)
-        rejected = _answer_turns(fields, "rejected", prompt)
+        rejected = _answer_turns(fields, "rejected", prompt, may_be_empty=True)
     else:
         prompt, chosen, rejected = _implicit_prompt(fields)
     answers = (
@@ -319,6 +328,19 @@ def _parse_preference(fields: Mapping[str, Any]) -> Parsed:
         Response("rejected", rejected, rank=1, label="rejected"),
     )
     return prompt, answers
+
+
+def _parse_ranked(fields: Mapping[str, Any]) -> Parsed:
+    """Best first. The best is labelled chosen and the worst rejected, so that the row serves as a pair, too."""
+    prompt = _prompt(fields)
+    ranked = rank_completions(fields["completions"])
+    answers = []
+    for place, item in enumerate(ranked):
+        label = "chosen" if place == 0 else "rejected" if place == len(ranked) - 1 else None
+        # As in pairs, only the worst answer may be nothing.
+        turns = _answer_turns({item.name: item.value}, item.name, prompt, may_be_empty=label == "rejected")
+        answers.append(Response(str(item.index), turns, score=item.score, rank=item.rank, label=label))
+    return prompt, tuple(answers)
 
 
 def _prompt(fields: Mapping[str, Any]) -> tuple[Message, ...]:
@@ -333,26 +355,28 @@ def _prompt(fields: Mapping[str, Any]) -> tuple[Message, ...]:
     return turns
 
 
-def _answer_turns(fields: Mapping[str, Any], name: str, prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+def _answer_turns(
+    fields: Mapping[str, Any], name: str, prompt: tuple[Message, ...], *, may_be_empty: bool = False
+) -> tuple[Message, ...]:
     """An answer given as text or as messages; messages may repeat the prompt."""
     value = fields[name]
     if isinstance(value, str):
-        return (Message("assistant", _text(fields, name, may_be_empty=name == "rejected")),)
+        return (Message("assistant", _text(fields, name, may_be_empty=may_be_empty)),)
     if not isinstance(value, list):
         raise BadRowError(f'"{name}" is {kind_of(value)}, text expected')
     turns = parse_messages(value, name)
     if turns[: len(prompt)] == prompt:
         turns = turns[len(prompt) :]
-    return _checked_answer(turns, name)
+    return _checked_answer(turns, name, may_be_empty=may_be_empty)
 
 
-def _checked_answer(turns: tuple[Message, ...], name: str) -> tuple[Message, ...]:
+def _checked_answer(turns: tuple[Message, ...], name: str, *, may_be_empty: bool = False) -> tuple[Message, ...]:
     if not turns:
         raise BadRowError(f'"{name}" has no turn after the prompt')
     for turn, place in ((turns[0], "begins"), (turns[-1], "ends")):
         if turn.role != "assistant":
             raise BadRowError(f'"{name}" {place} with a turn of the {turn.role} after the prompt; an answer expected')
-    if name != "rejected" and not turns[-1].content.strip():
+    if not may_be_empty and not turns[-1].content.strip():
         raise BadRowError(f'"{name}" ends with an empty answer')
     return turns
 
@@ -374,7 +398,8 @@ def _implicit_prompt(
         count -= 1
     if not any(turn.role == "user" for turn in chosen[:count]):
         raise BadRowError('no "prompt", and "chosen" and "rejected" begin with no turn of a user in common')
-    return chosen[:count], _checked_answer(chosen[count:], "chosen"), _checked_answer(rejected[count:], "rejected")
+    answers = _checked_answer(rejected[count:], "rejected", may_be_empty=True)
+    return chosen[:count], _checked_answer(chosen[count:], "chosen"), answers
 
 
 def _implicit_text_prompt(
@@ -406,4 +431,5 @@ PARSERS: dict[str, Callable[[Mapping[str, Any]], Parsed]] = {
     "promptCompletion": _parse_prompt_completion,
     "preference": _parse_preference,
     "unpaired": _parse_unpaired,
+    "ranked": _parse_ranked,
 }

@@ -21,16 +21,18 @@ def load_dataset(context: StageContext, item: StageInput) -> ParsedDataset:
     return parse_dataset(fetch_dataset(context, item), item.name, item.settings)
 
 
-def load_rows(context: StageContext, item: StageInput, split: Split) -> list[Row]:
+def load_rows(context: StageContext, item: StageInput, split: Split, *, may_be_empty: bool | None = None) -> list[Row]:
     """The rows of one split of a dataset, in the order of its files.
 
     Raises:
         InputError: if it cannot be read, has changed since preflight, or has no rows to train or test on. An evaluation
-            split may be empty.
+            split may be empty, unless `may_be_empty` says otherwise.
     """
+    if may_be_empty is None:
+        may_be_empty = split == "evaluation"
     rows = load_dataset(context, item).rows
     chosen = [row for row in rows if split_of(row, item.settings) == split]
-    if not chosen and split != "evaluation":
+    if not chosen and not may_be_empty:
         raise InputError(empty_split(item.name, split, rows, item.settings))
     return chosen
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,10 @@ from plumbline_trainer.storage import uris
 
 LINE_MAX = 64 * 1024 * 1024
 """Longest line that is read; a longer one is a file of another kind."""
+
+
+class BadRowError(ValueError):
+    """A record of the wrong shape; the text says what is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,3 +199,8 @@ def kind_of(value: Any) -> str:
     if isinstance(value, str):
         return "text"
     return "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else type(value).__name__
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

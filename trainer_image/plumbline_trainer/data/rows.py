@@ -31,7 +31,8 @@ class Response:
     rank: int | None = None
     """0 is best."""
     label: str | None = None
-    """`chosen` or `rejected` in preference rows, `desirable` or `undesirable` in unpaired ones."""
+    """`chosen` or `rejected` in preference rows, and in ranked ones of the best and the worst; in unpaired rows
+    `desirable` or `undesirable`."""
     annotations: dict[str, Any] = field(default_factory=dict)
     policy_digest: str | None = None
     """The policy that wrote it."""
@@ -58,6 +59,8 @@ class Row:
     weight: float = 1.0
     source: str = ""
     """Where it was read: `file line N`."""
+    margin: float = 0.0
+    """How much better the chosen answer is said to be; for reward models."""
 
     @property
     def is_text(self) -> bool:

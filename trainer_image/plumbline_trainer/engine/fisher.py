@@ -18,7 +18,7 @@ from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.objective import scored_tokens
 from plumbline_trainer.engine.packing import pack
 from plumbline_trainer.engine.penalties import Displacement, Ewc, Moved, displacements
-from plumbline_trainer.engine.references import row_key
+from plumbline_trainer.engine.references import row_keys
 from plumbline_trainer.engine.schedule import epoch_order
 from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.engine.trained import policy_identity
@@ -114,8 +114,8 @@ def _key(run: TrainingRun, policy: Policy, rows: Sequence[Encoded]) -> str:
     lora = run.context.run.parameters.get("lora")
     known = [policy_identity(policy), run.state.path, run.scorer.precision, lora, run.ranks.size]
     state = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
-    for row in rows:
-        state.update(row_key(row))
+    for key in (key for row in rows for key in row_keys(row)):
+        state.update(key)
     return state.hexdigest()
 
 

@@ -15,7 +15,7 @@ from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.layers import layer_depths
 from plumbline_trainer.engine.objective import LooksAhead, Objective, row_tokens, token_weights
-from plumbline_trainer.engine.optimizer import Optimizer, named_trainables
+from plumbline_trainer.engine.optimizer import Optimizer
 from plumbline_trainer.engine.packing import PackedBatch, pack, packed_length
 from plumbline_trainer.engine.pathcheck import choose_path
 from plumbline_trainer.engine.penalties import L2Sp, Penalty, displacements
@@ -62,7 +62,7 @@ class TrainingRun:
         if training.range_test is not None:
             plan = dataclasses.replace(plan, steps=training.range_test.steps)
         self.plan, self.rows, self.training = plan, rows, training
-        self.trainables = named_trainables(scorer.model)
+        self.trainables = scorer.trainables()
         depths = None if training.layer_decay is None else layer_depths(scorer.model)
         self.optimizer = Optimizer(self.trainables, training, plan.steps, depths)
         self.penalties: list[Penalty] = []
@@ -336,7 +336,12 @@ def dummy_of(row: Encoded) -> Encoded:
     """A row of weight zero and few tokens, for a rank that has nothing left to do in a round."""
     length = 1 if row.prompt else 2
     mask = [True] if row.prompt else [False, True]
-    responses = [dataclasses.replace(response, ids=response.ids[:length], mask=mask) for response in row.responses]
+    responses = [
+        dataclasses.replace(
+            response, ids=response.ids[:length], mask=mask, reads=(length - 1,) if response.reads else ()
+        )
+        for response in row.responses
+    ]
     return dataclasses.replace(row, prompt=row.prompt[:1], responses=responses, weight=0.0)
 
 

@@ -23,6 +23,8 @@ class Answer:
     """Its entries among the batch's scored tokens."""
     offsets: tuple[int, ...]
     """Index in the response of each scored token."""
+    read: range = range(0)
+    """Its entries among the positions at which scalar heads are read."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class PackedBatch:
     """Every response of every row, in order; their `scored` ranges tile N."""
     weights: Tensor
     """[rows] float32."""
+    reads: Tensor
+    """[R] index in T of the positions at which scalar heads are read; the answers' `read` ranges tile R."""
 
     @property
     def tokens(self) -> int:
@@ -59,9 +63,9 @@ class PackedBatch:
 
 
 def inputs_needed(response: EncodedResponse) -> int:
-    """Tokens of a response that must go through the model: those before its last scored token."""
+    """Tokens of a response that must go through the model: those before its last scored token, and those read."""
     last = next((index for index in reversed(range(len(response.mask))) if response.mask[index]), 0)
-    return max(last, 0)
+    return max(last, max(response.reads, default=-1) + 1)
 
 
 def packed_length(row: Encoded) -> int:
@@ -72,12 +76,13 @@ def packed_length(row: Encoded) -> int:
 def pack(rows: Sequence[Encoded], device: torch.device | str = "cpu") -> PackedBatch:
     """Lay rows out as one sequence.
 
-    A token is scored where its response's mask says so and something stands before it. What comes after the last
-    scored token of a response is left out, because nothing looks at it.
+    A token is scored where its response's mask says so and something stands before it. Of a response, what comes after
+    the last scored token and the last position that is read is left out, because nothing looks at it.
     """
     ids: list[int] = []
     sources: list[int] = []
     targets: list[int] = []
+    reads: list[int] = []
     blocks: list[Block] = []
     answers: list[Answer] = []
     for index, row in enumerate(rows):
@@ -94,7 +99,9 @@ def pack(rows: Sequence[Encoded], device: torch.device | str = "cpu") -> PackedB
                 targets.append(response.ids[offset])
             ids.extend(response.ids[:needed])
             lengths.append(needed)
-            answers.append(Answer(row=index, response=response, scored=range(first, len(targets)), offsets=offsets))
+            read = range(len(reads), len(reads) + len(response.reads))
+            reads.extend(begin + offset for offset in response.reads)
+            answers.append(Answer(index, response, range(first, len(targets)), offsets, read))
         blocks.append(Block(start=start, prompt=len(row.prompt), responses=tuple(lengths)))
     plan = SegmentPlan(tuple(block for block in blocks if block.length))
     return PackedBatch(
@@ -106,4 +113,5 @@ def pack(rows: Sequence[Encoded], device: torch.device | str = "cpu") -> PackedB
         targets=torch.tensor(targets, dtype=torch.long, device=device),
         answers=tuple(answers),
         weights=torch.tensor([row.weight for row in rows], dtype=torch.float32, device=device),
+        reads=torch.tensor(reads, dtype=torch.long, device=device),
     )

@@ -22,9 +22,9 @@ class Tolerance:
     """Largest accepted differences between the two paths."""
 
     loss: float
-    """Of the mean −log p, relative."""
+    """Of the mean log-probability or value, relative to the mean absolute one."""
     token: float
-    """Of any token's log-probability, absolute."""
+    """Of any token's log-probability, or of any value, absolute."""
     gradient: float
     """Norm of the gradients' difference over the norm of the plain gradient."""
 
@@ -109,7 +109,7 @@ def _compare(scorer: Scorer, batch: PackedBatch, trainables: Mapping[str, nn.Par
         return PathChoice("plain", f"the fast path fails: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
     if not len(plain):
         return PathChoice("fast", "nothing to compare")
-    loss_gap = float((fast.mean() - plain.mean()).abs() / plain.mean().abs().clamp_min(1e-6))
+    loss_gap = float((fast.mean() - plain.mean()).abs() / plain.abs().mean().clamp_min(1e-6))
     token_gap = float((fast - plain).abs().max())
     gradient_gap = _relative_gap(fast_gradient, plain_gradient)
     tolerance = TOLERANCES[scorer.precision]
@@ -123,7 +123,7 @@ def _compare(scorer: Scorer, batch: PackedBatch, trainables: Mapping[str, nn.Par
 def _measure(
     scorer: Scorer, batch: PackedBatch, trainables: Mapping[str, nn.Parameter]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Log-probabilities and the gradient of a sum with a fixed random factor per token, so that no error cancels."""
+    """What is scored and the gradient of a sum with a fixed random factor for each, so that no error cancels."""
     parameters = list(trainables.values())
     if not parameters:
         with torch.no_grad():
@@ -131,7 +131,7 @@ def _measure(
     scores = scorer(batch)
     if not len(scores):
         return scores.detach(), []
-    factors = torch.randn(len(scores), generator=torch.Generator().manual_seed(0)).to(scores.device)
+    factors = torch.randn(scores.shape, generator=torch.Generator().manual_seed(0)).to(scores.device)
     gradients = torch.autograd.grad((factors * scores).sum(), parameters, allow_unused=True)
     return scores.detach(), list(gradients)
 

@@ -20,6 +20,7 @@ from plumbline_trainer.engine.attention import (
 )
 from plumbline_trainer.engine.logprobs import Head, head_of, token_divergences, token_log_probabilities
 from plumbline_trainer.engine.lowrank import in_one_piece, use_one_piece, use_separate_pieces
+from plumbline_trainer.engine.optimizer import named_trainables
 from plumbline_trainer.engine.packing import PackedBatch
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.models.adapters import adapters_disabled
@@ -50,6 +51,14 @@ class Scorer(nn.Module):
         self.path: Path = path
         register()
 
+    def trainables(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name.
+
+        Raises:
+            InputError: if nothing is trained.
+        """
+        return named_trainables(self.model)
+
     def forward(self, batch: PackedBatch, smoothing: float = 0.0) -> Tensor:
         """Log-probability of every scored token, [N] float32; with smoothing ε that of the smoothed label.
 
@@ -58,7 +67,8 @@ class Scorer(nn.Module):
         """
         with self._autocast():
             if self.path == "fast":
-                return token_log_probabilities(self._hidden(batch), batch.targets, self._head(), smoothing)
+                head = self._head()
+                return token_log_probabilities(self._hidden(batch, batch.sources), batch.targets, head, smoothing)
             parts = [_smoothed(scores, ids, smoothing) for scores, ids in self._plain(batch)]
         return torch.cat(parts) if parts else torch.zeros(0, device=batch.input_ids.device)
 
@@ -69,9 +79,10 @@ class Scorer(nn.Module):
         """
         with self._autocast():
             if self.path == "fast":
-                hidden, head = self._hidden(batch), self._head()
+                head = self._head()
+                hidden = self._hidden(batch, batch.sources)
                 with torch.no_grad(), adapters_disabled(self.model):
-                    reference = self._hidden(batch)
+                    reference = self._hidden(batch, batch.sources)
                 scores = token_log_probabilities(hidden, batch.targets, head, smoothing)
                 return scores, token_divergences(hidden, reference, head)
             with torch.no_grad(), adapters_disabled(self.model):
@@ -90,18 +101,16 @@ class Scorer(nn.Module):
             raise FastPathError("the output head is not a plain linear layer")
         return head
 
-    def _hidden(self, batch: PackedBatch) -> Tensor:
-        """[N, d] outputs of the last layer that predict the scored tokens, on the fast path."""
-        model = self.model
-        self._head()  # before the work is done
+    def _hidden(self, batch: PackedBatch, places: Tensor) -> Tensor:
+        """[n, d] outputs of the last layer at n places of the packed sequence, on the fast path."""
         with self._arranged(SEGMENTS, one_piece=True):
-            outputs = model.get_decoder()(
+            outputs = self.model.get_decoder()(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
                 use_cache=False,
                 segment_plan=batch.plan,
             )
-        hidden: Tensor = outputs.last_hidden_state[0].index_select(0, batch.sources)
+        hidden: Tensor = outputs.last_hidden_state[0].index_select(0, places)
         return hidden
 
     def _plain(self, batch: PackedBatch) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.distributed import Ranks
-from plumbline_trainer.engine.packing import pack, packed_length
+from plumbline_trainer.engine.packing import PackedBatch, pack, packed_length
 from plumbline_trainer.engine.pathcheck import choose_path
 from plumbline_trainer.engine.schedule import fill_batches
 from plumbline_trainer.engine.scorer import Scorer
@@ -62,14 +62,7 @@ def score_rows(
             starts[-1].append(total)
             total += size
     flat = torch.zeros(total, device=device if ranks.size > 1 else "cpu")
-    batches = fill_batches([packed_length(row) for row in encoded], budget=tokens_per_batch)
-    for done in range(0, len(batches), ranks.size):
-        if at_batch is not None:
-            at_batch(done, len(batches))
-        if done + ranks.rank >= len(batches):
-            continue
-        members = batches[done + ranks.rank]
-        batch = pack([encoded[index] for index in members], device)
+    for members, batch in shared_batches(encoded, tokens_per_batch, device, ranks, at_batch):
         with torch.no_grad():
             scores = scorer(batch).to(flat.device)
         counts = [0] * len(members)
@@ -85,3 +78,20 @@ def score_rows(
         [flat[start : start + size].clone() for start, size in zip(*row, strict=True)]
         for row in zip(starts, sizes, strict=True)
     ]
+
+
+def shared_batches(
+    encoded: Sequence[Encoded],
+    tokens_per_batch: int,
+    device: torch.device,
+    ranks: Ranks,
+    at_batch: Callable[[int, int], None] | None,
+) -> Iterator[tuple[list[int], PackedBatch]]:
+    """This rank's batches, and the indices of the rows in each; `at_batch` is called on every rank alike."""
+    batches = fill_batches([packed_length(row) for row in encoded], budget=tokens_per_batch)
+    for done in range(0, len(batches), ranks.size):
+        if at_batch is not None:
+            at_batch(done, len(batches))
+        if done + ranks.rank < len(batches):
+            members = batches[done + ranks.rank]
+            yield members, pack([encoded[index] for index in members], device)

@@ -113,6 +113,19 @@ def judge_by_rule(rule: RuleJudge, questions: Sequence[Question]) -> list[Verdic
     return verdicts
 
 
+def judge_by_reward(rewards: Sequence[tuple[float, float]]) -> list[Verdict]:
+    """The answer with the higher reward wins.
+
+    Args:
+        rewards: of the policy's and of the baseline's answer to each question.
+    """
+    verdicts = []
+    for policy, baseline in rewards:
+        outcome = 0.5 if policy == baseline else float(policy > baseline)
+        verdicts.append(Verdict(outcome, "policy" if outcome > 0.5 else "baseline" if outcome < 0.5 else "equal"))
+    return verdicts
+
+
 Score = Callable[[Sequence[Encoded]], list[list[Any]]]
 """Rows → token log-probabilities of every response, as `engine.scoring.score_rows` gives them."""
 

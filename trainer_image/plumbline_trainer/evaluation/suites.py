@@ -250,6 +250,8 @@ def describe_judge(suite: Suite) -> dict[str, Any]:
     judge = suite.win_rate.judge
     if judge.rule is not None:
         return {"kind": "rule", "text": describe_rule(judge.rule)}
+    if judge.stage is not None:
+        return {"kind": "reward", "text": judge.stage}
     assert judge.model is not None
     return {"kind": "model", "text": judge.model.source, "rubric": judge.model.rubric}
 

@@ -25,6 +25,8 @@ class Ancestry:
     """Digest → how it was read, once for every way."""
     models: set[str] = field(default_factory=set)
     """Digests."""
+    outputs: set[tuple[str, str]] = field(default_factory=set)
+    """Stage type and fingerprint of every output on the way, the policy's own first."""
 
     def learned_from(self, item: StageInput, split: str) -> bool:
         """Whether rows of a dataset's split may have been trained on.
@@ -40,7 +42,6 @@ class Ancestry:
 def trace(context: StageContext, item: StageInput) -> Ancestry:
     """Follow a policy's manifests down to external inputs."""
     found = Ancestry()
-    seen: set[tuple[str, str]] = set()
     run = context.run
     open_items: list[tuple[str, StageInput]] = [("model", item)]
     while open_items:
@@ -53,25 +54,13 @@ def trace(context: StageContext, item: StageInput) -> Ancestry:
             elif current.digest is not None:
                 found.models.add(current.digest)
             continue
-        if (current.stage_type, current.fingerprint) in seen:
+        if (current.stage_type, current.fingerprint) in found.outputs:
             continue
-        seen.add((current.stage_type, current.fingerprint))
+        found.outputs.add((current.stage_type, current.fingerprint))
         root = layout.stage_root(run.storage.uri, run.pipeline.namespace, current.stage_type, current.fingerprint)
         read = read_manifest(context.store, root)
         if read is None:
             continue
-        for parent in read[0].parents:
-            if parent.role.split(".")[0] in TRAINING_ROLES:
-                kind = "dataset" if parent.kind == "dataset" else "policy"
-                below = StageInput(
-                    role=parent.role,
-                    name=parent.name,
-                    kind=kind,
-                    stage_type=parent.type,
-                    fingerprint=parent.fingerprint,
-                    uri=parent.uri,
-                    digest=parent.digest,
-                    settings=parent.settings,
-                )
-                open_items.append((parent.role, below))
+        parents = [parent for parent in read[0].parents if parent.role.split(".")[0] in TRAINING_ROLES]
+        open_items += [(parent.role, parent.to_input()) for parent in parents]
     return found

@@ -193,6 +193,11 @@ def _find_chain(context: StageContext, item: StageInput) -> _Chain:
         assert current.stage_type is not None
         fetched = fetch_output(context, _root(context, current))
         meta = fetched.manifest.meta
+        if fetched.manifest.kind != "policy":
+            raise InputError(
+                f'"{current.name}" ({current.stage_type}) yields a {fetched.manifest.kind}, no policy that a stage can '
+                "start from"
+            )
         if meta.get("form") == "full":
             base = {
                 "name": current.name,
@@ -214,16 +219,7 @@ def _find_chain(context: StageContext, item: StageInput) -> _Chain:
                 f'the manifest of "{current.name}" names no model that its adapter was trained on; retry that stage',
                 reason="InputMissing",
             )
-        current = StageInput(
-            role="model",
-            name=parent.name,
-            kind="policy",
-            stage_type=parent.type,
-            fingerprint=parent.fingerprint,
-            uri=parent.uri,
-            digest=parent.digest,
-            settings=parent.settings,
-        )
+        current = parent.to_input()
     if current.uri is None:
         raise InputError(f'the input "{current.role}" ({current.name}) names neither a stage nor a location')
     folder = fetch_model(context, current.uri, current.digest)

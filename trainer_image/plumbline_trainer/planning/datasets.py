@@ -29,6 +29,8 @@ FINDINGS_VERSION = 2
 MEASURED_ROWS = 20_000
 """Rows whose tokens are counted at most; of more, evenly spread ones are taken."""
 QUANTILES = 100
+METHODS: dict[str, Method] = {"preference": "preference", "ranked": "score", "unpaired": "unpaired"}
+"""How rows are encoded to be measured, by format; the others by their answer."""
 NO_LIMIT = 2**40
 
 
@@ -39,6 +41,8 @@ class SplitFindings:
     rows: int
     quantiles: list[int]
     """Tokens of a row (prompt and longest answer) at 0 %, 1 %, … 100 %; empty without rows."""
+    answers: float = 1.0
+    """Answers of a row, in the mean."""
     desirable: int = 0
     """Answers that a label calls good; of a pair, the chosen one."""
     undesirable: int = 0
@@ -147,9 +151,7 @@ def _survey(context: StageContext, item: StageInput, tokenizer: Tokenizer) -> Da
     by_split: dict[str, list[Row]] = {name: [] for name in SPLITS}
     for row in parsed.rows:
         by_split[split_of(row, item.settings)].append(row)
-    method: Method = "completion"
-    if parsed.format in ("preference", "unpaired"):
-        method = "preference" if parsed.format == "preference" else "unpaired"
+    method = METHODS.get(parsed.format, "completion")
     splits, examples = {}, list[str]()
     for name, rows in by_split.items():
         lengths: list[int] = []
@@ -162,7 +164,13 @@ def _survey(context: StageContext, item: StageInput, tokenizer: Tokenizer) -> Da
                 for row in encoded.rows
             )
         labels = count_labels(response.label for row in rows for response in row.responses)
-        splits[name] = SplitFindings(len(rows), quantiles(lengths), labels.desirable, labels.undesirable)
+        splits[name] = SplitFindings(
+            rows=len(rows),
+            quantiles=quantiles(lengths),
+            answers=sum(len(row.responses) for row in rows) / len(rows) if rows else 1.0,
+            desirable=labels.desirable,
+            undesirable=labels.undesirable,
+        )
     return DatasetFindings(
         name=item.name,
         format=parsed.format,

@@ -15,16 +15,20 @@ from typing import Any
 
 from plumbline_api.evaluation import Evaluate
 from plumbline_api.record import StageRecord
-from plumbline_api.training import Dpo, Kto, Pretrain, Sft, Training, TrainingStage
+from plumbline_api.training import Dpo, Kto, Pretrain, RewardModel, Sft, Training, TrainingStage
 
 from plumbline_trainer.engine.schedule import plan_steps
 from plumbline_trainer.planning.datasets import SplitFindings
 from plumbline_trainer.planning.facts import ModelFacts
 
 RUNTIME_BYTES = 800 * 2**20
-PARAMETER_MODELS: dict[str, type[TrainingStage]] = {"pretrain": Pretrain, "sft": Sft, "dpo": Dpo, "kto": Kto}
-TWO_ANSWERS = ("dpo", "kto")
-"""Types whose rows have two answers: a pair, or one of their own and one that does not belong to them."""
+PARAMETER_MODELS: dict[str, type[TrainingStage]] = {
+    "pretrain": Pretrain,
+    "sft": Sft,
+    "rewardModel": RewardModel,
+    "dpo": Dpo,
+    "kto": Kto,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +82,13 @@ def estimate(
             taken = min(taken, math.ceil(max(training.epochs, 1 / rows.rows) * plan.rows_per_epoch))
         mixed = [(rows, 1.0 - sum(shares)), *zip(rehearsed, shares, strict=True)]
         per_row = sum(part * found.tokens(training.max_length) / found.rows for found, part in mixed)
-        tokens = round(taken * per_row * (2 if stage.type in TWO_ANSWERS else 1))
+        tokens = round(taken * per_row * _answers(stage, rows))
         if tokens_per_second is not None and stage.resources.gpus_per_node:
             rate = tokens_per_second * 1e9 / facts.parameters
             gpu_hours = round(tokens / rate / 3600, 4)
     longest = training.tokens_per_batch
     if rows is not None and rows.rows:
-        row = min(rows.percentile(100), training.max_length) * (2 if stage.type in TWO_ANSWERS else 1)
+        row = round(min(rows.percentile(100), training.max_length) * _answers(stage, rows))
         # A micro-batch is part of a step, and a row longer than the budget stands alone.
         longest = max(row, min(longest, row * training.global_batch))
     return Estimate(steps, tokens, _training_memory(parameters, training, facts, longest), gpu_hours)
@@ -92,6 +96,14 @@ def estimate(
 
 def _names(rows: SplitFindings) -> list[str]:
     return [str(number) for number in range(rows.rows)]
+
+
+def _answers(stage: StageRecord, rows: SplitFindings) -> float:
+    """Answers of a row that go through the model."""
+    if stage.type == "rewardModel":
+        return rows.answers
+    # A pair; in kto an answer of its own and one that does not belong to it.
+    return 2 if stage.type in ("dpo", "kto") else 1
 
 
 def lora_parameters(rank: int, targets: list[str] | None, facts: ModelFacts) -> int:

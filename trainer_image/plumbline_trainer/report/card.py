@@ -91,6 +91,7 @@ def _body(facts: RunFacts, findings: list[Finding]) -> str:
         lines += [""] + [f"In-sample, so too good: {finding.label}." for finding in marked]
     else:
         lines.append("Nothing was measured.")
+    lines += _reward_models(facts)
     lines += [
         "",
         "## What is not known",
@@ -111,6 +112,31 @@ def _body(facts: RunFacts, findings: list[Finding]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _reward_models(facts: RunFacts) -> list[str]:
+    """What is known of the reward models that were trained on the way; they are no part of the model itself."""
+    rows = []
+    for stage in facts.stages:
+        if not (stage.succeeded and stage.yields_reward_model):
+            continue
+        figures, measured = stage.metrics, (stage.held_out or {}).get("accuracy") or {}
+        shown, interval = "not measured", "–"
+        if measured:
+            shown = words.percent(measured["value"])
+            low, high = measured.get("lower"), measured.get("upper")
+            level = words.level(measured["confidence"])
+            interval = "unknown" if low is None or high is None else f"{100 * low:.0f}–{words.percent(high)} ({level})"
+        numbers = [words.number(figures.get(name)) for name in ("calibrationError", "lengthSpearman")]
+        cells = (stage.name, shown, interval, words.number(measured.get("prompts")), *numbers)
+        rows.append(f"| {' | '.join(map(_cell, cells))} |")
+    if not rows:
+        return []
+    head = [
+        "| Stage | Accuracy | Interval | Prompts | Calibration error | Correlation with length |",
+        "|---|---|---|---|---|---|",
+    ]
+    return ["", "## Reward models", "", *head, *rows]
 
 
 def _plain(text: str) -> str:

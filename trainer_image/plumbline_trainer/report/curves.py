@@ -35,6 +35,11 @@ class Panel:
 PANELS: dict[str, tuple[Panel, ...]] = {
     "pretrain": (Panel("Loss per token", "loss", "evalLoss"),),
     "sft": (Panel("Loss per token", "loss", "evalLoss"),),
+    "rewardModel": (
+        Panel("Loss", "loss", "evalLoss"),
+        Panel("Better answer has the higher reward", "rewardAccuracy", "evalRewardAccuracy", 0.5),
+        Panel("Margin of the reward", "rewardMargin", "evalRewardMargin", 0.0),
+    ),
     "dpo": (
         Panel("Loss", "loss", "evalLoss", 0.6931471805599453),
         Panel("Chosen preferred to rejected", "rewardAccuracy", "evalRewardAccuracy", 0.5),
@@ -112,6 +117,27 @@ def _draw(
         axes.ticklabel_format(axis="y", useOffset=False)
         axes.set_xlabel("optimizer step")
         return _rendered(canvas, name)
+
+
+def draw_reliability(stage: str, calibration: dict[str, Any]) -> Figure | None:
+    """How often the answer with the higher reward is the better one, by how sure it is of that; None without rows.
+
+    Args:
+        stage: name of the stage.
+        calibration: `error` and `bins` of its evaluation.json.
+    """
+    bins = [(float(item["confidence"]), float(item["accuracy"])) for item in calibration.get("bins", [])]
+    if not bins:
+        return None
+    name = f"{stage}-calibration"
+    with _canvas(name) as (canvas, axes):
+        axes.plot([0.5, 1.0], [0.5, 1.0], color=_INK, linewidth=0.9, dashes=(3, 3))
+        axes.plot(*zip(*bins, strict=True), color=_SECOND, linewidth=1.6, marker="o", markersize=5)
+        axes.set_xlabel("probability that the reward model gives its favourite")
+        svg = _rendered(canvas, name)
+    said = ", ".join(f"{accuracy:.0%} right where it is {confidence:.0%} sure" for confidence, accuracy in bins)
+    title = f"Calibration, expected error {float(calibration['error']):.2f}"
+    return Figure(title, svg, f"{title}: {said}")
 
 
 @contextmanager

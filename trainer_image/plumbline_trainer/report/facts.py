@@ -23,6 +23,7 @@ from plumbline_trainer.storage.objects import ObjectStore
 
 CURVES = "metrics.jsonl"
 EVALUATION = "report.json"
+HELD_OUT = "evaluation.json"
 PLAN = "plan.json"
 GATE_FAILED = "GateFailed"
 """Reason of a stage whose output is there but not good enough."""
@@ -51,6 +52,8 @@ class StageFacts:
     points: list[Point] = field(default_factory=list)
     evaluation: dict[str, Any] | None = None
     """report.json of an evaluate stage."""
+    held_out: dict[str, Any] | None = None
+    """evaluation.json of a reward model; None where no row was held out."""
 
     @property
     def name(self) -> str:
@@ -71,6 +74,11 @@ class StageFacts:
     def yields_policy(self) -> bool:
         """Whether its output is a policy."""
         return yields_of(self.record.type, self.record.parameters) is ArtifactKind.POLICY
+
+    @property
+    def yields_reward_model(self) -> bool:
+        """Whether its output is a reward model."""
+        return yields_of(self.record.type, self.record.parameters) is ArtifactKind.REWARD_MODEL
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -182,25 +190,30 @@ def _read_stage(store: ObjectStore, facts: RunFacts, stage: StageFacts, fingerpr
         return
     stage.manifest, stage.digest = found
     stage.output_uri = uris.join(root, stage.manifest.folder)
-    if stage.record.type == "evaluate":
-        try:
-            stage.evaluation = _read_evaluation(store, stage)
-        except (InputError, TransientError, OSError, ValueError) as error:
-            yield f"the figures of {stage.name}: {error}"
+    try:
+        if stage.record.type == "evaluate":
+            stage.evaluation = _read_document(store, stage, EVALUATION)
+            if stage.evaluation is None:
+                raise InputError(f"its output holds no {EVALUATION}")
+        elif stage.yields_reward_model:
+            stage.held_out = _read_document(store, stage, HELD_OUT)
+    except (InputError, TransientError, OSError, ValueError) as error:
+        yield f"the figures of {stage.name}: {error}"
 
 
-def _read_evaluation(store: ObjectStore, stage: StageFacts) -> dict[str, Any]:
+def _read_document(store: ObjectStore, stage: StageFacts, name: str) -> dict[str, Any] | None:
+    """A JSON file of a stage's output, verified; None where the output holds none of that name."""
     assert stage.manifest is not None
     assert stage.output_uri is not None
-    entry = next((file for file in stage.manifest.files if file.path == EVALUATION), None)
+    entry = next((file for file in stage.manifest.files if file.path == name), None)
     if entry is None:
-        raise InputError(f"its output holds no {EVALUATION}")
-    data = store.get_bytes(uris.join(stage.output_uri, EVALUATION))
+        return None
+    data = store.get_bytes(uris.join(stage.output_uri, name))
     if hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise InputError(f"{EVALUATION} is damaged: it does not match its SHA-256")
+        raise InputError(f"{name} is damaged: it does not match its SHA-256")
     document = json.loads(data)
     if not isinstance(document, dict):
-        raise InputError(f"{EVALUATION} holds no object")
+        raise InputError(f"{name} holds no object")
     return document
 
 

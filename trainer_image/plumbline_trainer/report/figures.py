@@ -118,7 +118,9 @@ def _value(item: Any) -> Value | None:
 def _judge(item: Any) -> str | None:
     if not isinstance(item, dict):
         return None
-    return f"rule “{item['text']}”" if item.get("kind") == "rule" else f"model {item.get('text')}"
+    words = {"rule": "rule", "reward": "reward model"}
+    kind = words.get(str(item.get("kind")))
+    return f"model {item.get('text')}" if kind is None else f"{kind} “{item['text']}”"
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 from plumbline_api.fingerprint import digest_of
 
 from plumbline_trainer.report import words
-from plumbline_trainer.report.curves import Figure, draw_curves, draw_range_test
+from plumbline_trainer.report.curves import Figure, draw_curves, draw_range_test, draw_reliability
 from plumbline_trainer.report.facts import RunFacts, StageFacts
 from plumbline_trainer.report.figures import Finding, Value, find, tabulate
 
@@ -261,6 +261,13 @@ def _final(facts: RunFacts) -> dict[str, Any] | None:
 
 
 _TRAINING_NUMBERS = (
+    ("accuracy", "accuracy on held-out rows"),
+    ("accuracy.lower", "its interval from"),
+    ("accuracy.upper", "to"),
+    ("calibrationError", "calibration error"),
+    ("lengthPearson", "correlation with length (Pearson)"),
+    ("lengthSpearman", "correlation with length (Spearman)"),
+    ("disagreement", "disagreement of the heads"),
     ("evalLossStart", "held-out loss at the start"),
     ("evalLoss", "held-out loss at the end"),
     ("loss", "training loss, last steps"),
@@ -288,6 +295,9 @@ def _training(stage: StageFacts) -> Training | None:
     if "training" not in stage.record.parameters:
         return None
     figures = _figures(stage)
+    if stage.held_out is not None:
+        reliability = draw_reliability(stage.name, stage.held_out.get("calibration") or {})
+        figures += [] if reliability is None else [reliability]
     numbers = [(label, words.number(stage.metrics[key])) for key, label in _TRAINING_NUMBERS if key in stage.metrics]
     if not figures and not numbers:
         return None
@@ -310,7 +320,8 @@ def _answer_sets(stage: StageFacts) -> list[AnswerSet]:
         if suite.get("kind") not in ("samples", "winRate") or not suite.get("records"):
             continue
         judge = suite.get("judge") or {}
-        what = "judged by the rule" if judge.get("kind") == "rule" else "judged by"
+        nouns = {"rule": "judged by the rule", "reward": "judged by the reward model"}
+        what = nouns.get(str(judge.get("kind")), "judged by")
         title = f"Prompts of {suite['dataset']}" + (f", {what} “{judge['text']}”" if judge else "")
         generation = suite.get("generation") or {}
         heat = generation.get("temperature", 0)

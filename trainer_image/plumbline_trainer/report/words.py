@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from plumbline_trainer.report.facts import GATE_FAILED, RunFacts
+from plumbline_trainer.report.facts import GATE_FAILED, RunFacts, StageFacts
 from plumbline_trainer.report.figures import BASE, Finding, Value
 
 PHASE_WORDS = {
@@ -29,6 +29,8 @@ def verdict(facts: RunFacts, findings: Sequence[Finding]) -> tuple[str, str]:
     if not facts.succeeded:
         missing = [stage.name for stage in facts.stages if not stage.succeeded]
         return f"It did not finish: {', '.join(missing)} did not run to the end.", "bad"
+    if not findings and (measured := [stage for stage in facts.stages if stage.held_out is not None]):
+        return f"It ran to the end. {' '.join(map(describe_reward_model, measured))} No policy was measured.", "open"
     if not findings:
         return "It ran to the end, but nothing was measured: the pipeline has no evaluation.", "open"
     return _judged(findings)
@@ -72,6 +74,18 @@ def describe(finding: Finding) -> str:
         value = shown(finding, finding.value)
         return f"{policy} finds the better answer likelier in {value} of held-out pairs ({before}{interval}).{clear}"
     return f"The perplexity of {policy} is {shown(finding, finding.value)} ({before}{interval}).{clear}"
+
+
+def describe_reward_model(stage: StageFacts) -> str:
+    """How good a reward model is, as a sentence with its interval."""
+    found = (stage.held_out or {})["accuracy"]
+    low, high = found.get("lower"), found.get("upper")
+    limits = "unknown" if low is None or high is None else f"{100 * low:.0f}–{percent(high)}"
+    share, confidence = percent(found["value"]), level(found["confidence"])
+    return (
+        f"“{stage.name}” gives the better answer the higher reward in {share} of held-out pairs "
+        f"({confidence} interval {limits})."
+    )
 
 
 def model_words(name: str) -> str:

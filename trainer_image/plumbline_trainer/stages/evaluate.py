@@ -12,10 +12,11 @@ from plumbline_api.stagerun import StageInput
 
 from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.data.loading import load_rows
+from plumbline_trainer.data.rows import Message
 from plumbline_trainer.engine.distributed import Ranks, joined_ranks
 from plumbline_trainer.engine.scoring import score_rows
 from plumbline_trainer.errors import InputError, Interrupted
-from plumbline_trainer.evaluation.judges import Question, Verdict, judge_by_model, judge_by_rule
+from plumbline_trainer.evaluation.judges import Question, Verdict, judge_by_model, judge_by_reward, judge_by_rule
 from plumbline_trainer.evaluation.measuring import (
     Measured,
     SuiteRows,
@@ -27,6 +28,7 @@ from plumbline_trainer.evaluation.measuring import (
 from plumbline_trainer.evaluation.suites import SuiteResult, compare, important_first, metric_names
 from plumbline_trainer.models.ancestry import Ancestry, trace
 from plumbline_trainer.models.policy import load_policy
+from plumbline_trainer.models.reward import load_reward_model
 
 if TYPE_CHECKING:
     from plumbline_trainer.data.encode import Encoded
@@ -147,8 +149,10 @@ def _judge(
     assert suite is not None
     if suite.judge.rule is not None:
         return judge_by_rule(suite.judge.rule, questions)
-    assert suite.judge.model is not None
     _free(context)
+    if suite.judge.stage is not None:
+        return _judge_by_reward(context, evaluate, item, questions, ranks)
+    assert suite.judge.model is not None
     context.progress.update(1000, 1000, f"asking the judge {suite.judge.model.source}")
     judge = load_policy(
         context, context.input(f"suites.{item.index}.judge"), precision=evaluate.precision, device=context.device
@@ -168,6 +172,28 @@ def _judge(
     return judge_by_model(suite.judge.model, judge.tokenizer, score, questions, max_length=longest)
 
 
+def _judge_by_reward(
+    context: StageContext, evaluate: Evaluate, item: SuiteRows, questions: Sequence[Question], ranks: Ranks
+) -> list[Verdict]:
+    source = context.input(f"suites.{item.index}.judge")
+    context.progress.update(1000, 1000, f"asking the reward model {source.name}")
+    judge = load_reward_model(
+        context,
+        source,
+        precision=evaluate.precision,
+        device=context.device,
+        tokens_per_batch=evaluate.tokens_per_batch,
+    )
+    prompts = {row.id: row.prompt for row in item.rows}
+    dialogues = [
+        (*prompts[question.row_id], Message("assistant", answer))
+        for question in questions
+        for answer in (question.policy, question.baseline)
+    ]
+    rewards = judge.score(dialogues, ranks=ranks).mean(dim=1).view(-1, 2)
+    return judge_by_reward([(policy, baseline) for policy, baseline in rewards.tolist()])
+
+
 def _mark_in_sample(
     context: StageContext, ancestry: Ancestry, suites: Sequence[SuiteRows], results: Sequence[SuiteResult]
 ) -> None:
@@ -177,7 +203,7 @@ def _mark_in_sample(
         if ancestry.learned_from(context.input(f"suites.{item.index}.dataset"), item.suite.value.split):
             reasons.append("dataset")
         judge = next((i for i in context.run.inputs if i.role == f"suites.{item.index}.judge"), None)
-        if judge is not None and judge.digest in ancestry.models:
+        if judge is not None and (judge.digest in ancestry.models or _identity(judge) in ancestry.outputs):
             reasons.append("judge")
         if reasons:
             result.document["inSample"] = reasons

@@ -83,6 +83,19 @@ class Parent(Contract):
     settings: dict[str, Any] = {}
     """How an external input was read."""
 
+    def to_input(self) -> StageInput:
+        """The same as the input of a stage."""
+        return StageInput(
+            role=self.role,
+            name=self.name,
+            kind=self.kind,
+            stage_type=self.type,
+            fingerprint=self.fingerprint,
+            uri=self.uri,
+            digest=self.digest,
+            settings=self.settings,
+        )
+
 
 class Manifest(Contract):
     """What an output consists of and came from."""
