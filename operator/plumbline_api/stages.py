@@ -16,7 +16,7 @@ from plumbline_api.artifacts import (
 )
 from plumbline_api.base import Contract, Duration, Name, OneOf, Quantity
 from plumbline_api.evaluation import Evaluate, Gate
-from plumbline_api.training import Dpo, Pretrain, Sft
+from plumbline_api.training import Cpo, Dpo, Orpo, Pretrain, Rrhf, Sft, Simpo
 
 
 class Resources(Contract):
@@ -66,7 +66,15 @@ class Stage(OneOf):
     sft: Sft | None = None
     """Supervised fine-tuning on prompts and answers."""
     dpo: Dpo | None = None
-    """Direct preference optimisation on preference pairs."""
+    """Direct preference optimisation on preference pairs, against a reference."""
+    orpo: Orpo | None = None
+    """Odds-ratio preference optimisation on preference pairs, without a reference."""
+    simpo: Simpo | None = None
+    """Simple preference optimisation on preference pairs, without a reference."""
+    cpo: Cpo | None = None
+    """Contrastive preference optimisation on preference pairs, without a reference."""
+    rrhf: Rrhf | None = None
+    """Learning from ranked responses, without a reference."""
     merge: Merge | None = None
     """Merge adapters into full weights for serving."""
     evaluate: Evaluate | None = None
@@ -106,6 +114,10 @@ STAGE_TYPES: dict[str, StageType] = {
         StageType("pretrain", 1, ArtifactKind.POLICY, "train", TEXT_FORMATS),
         StageType("sft", 1, ArtifactKind.POLICY, "train", SUPERVISED_FORMATS),
         StageType("dpo", 1, ArtifactKind.POLICY, "train", PREFERENCE_FORMATS),
+        StageType("orpo", 1, ArtifactKind.POLICY, "train", PREFERENCE_FORMATS),
+        StageType("simpo", 1, ArtifactKind.POLICY, "train", PREFERENCE_FORMATS),
+        StageType("cpo", 1, ArtifactKind.POLICY, "train", PREFERENCE_FORMATS),
+        StageType("rrhf", 1, ArtifactKind.POLICY, "train", PREFERENCE_FORMATS),
         StageType("merge", 1, ArtifactKind.POLICY, "cpu"),
         StageType("evaluate", 1, ArtifactKind.REPORT, "generate"),
     )

@@ -42,6 +42,10 @@ STAGES: dict[str, str] = {
     "pretrain": "plumbline_trainer.stages.pretrain",
     "sft": "plumbline_trainer.stages.sft",
     "dpo": "plumbline_trainer.stages.dpo",
+    "orpo": "plumbline_trainer.stages.orpo",
+    "simpo": "plumbline_trainer.stages.simpo",
+    "cpo": "plumbline_trainer.stages.cpo",
+    "rrhf": "plumbline_trainer.stages.rrhf",
     "merge": "plumbline_trainer.stages.merge",
     "evaluate": "plumbline_trainer.stages.evaluate",
 }

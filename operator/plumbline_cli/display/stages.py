@@ -14,10 +14,11 @@ from plumbline_api.status import PipelineStatus, StageStatus
 
 from plumbline_cli.display.words import duration, moment, number
 
+PREFERENCE_FIGURES = ("evalRewardAccuracy", "rewardAccuracy", "loss", "rewardMargin")
 KEY_FIGURES: dict[str, tuple[str, ...]] = {
     "pretrain": ("evalLoss", "loss"),
     "sft": ("evalLoss", "loss"),
-    "dpo": ("evalRewardAccuracy", "rewardAccuracy", "loss", "rewardMargin"),
+    **dict.fromkeys(("dpo", "orpo", "simpo", "cpo", "rrhf"), PREFERENCE_FIGURES),
     "merge": ("lostPart", "logitKl"),
     "evaluate": ("winRate", "preferenceAccuracy", "perplexity"),
 }

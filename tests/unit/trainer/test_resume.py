@@ -21,13 +21,13 @@ from plumbline_api.stagerun import StageRun
 from plumbline_trainer.context import StageContext
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.errors import Interrupted
-from plumbline_trainer.stages import dpo, pretrain, sft
+from plumbline_trainer.stages import dpo, orpo, pretrain, sft
 from plumbline_trainer.storage.checkpoints import wait_for_uploads
 from support.ranks import run_ranks
 from support.trainer import finish_launcher, launch, manifest_of, output_folder, stage_context, start_launcher
 from support.training_data import training_run
 
-STAGES = {"dpo": dpo, "pretrain": pretrain, "sft": sft}
+STAGES = {"dpo": dpo, "orpo": orpo, "pretrain": pretrain, "sft": sft}
 LORA = {"rank": 4, "dropout": 0.1}
 
 
@@ -74,7 +74,14 @@ class TestInProcess:
 
     @pytest.mark.parametrize(
         ("type_", "lora", "every"),
-        [("sft", LORA, 2), ("sft", None, 3), ("dpo", {"rank": 4}, 2), ("pretrain", LORA, 5), ("dpo", None, 4)],
+        [
+            ("sft", LORA, 2),
+            ("sft", None, 3),
+            ("dpo", {"rank": 4}, 2),
+            ("pretrain", LORA, 5),
+            ("dpo", None, 4),
+            ("orpo", {"rank": 4}, 2),
+        ],
     )
     def test_killed_at_any_step(
         self, tmp_path: Path, type_: str, lora: Any, every: int, monkeypatch: pytest.MonkeyPatch

@@ -57,6 +57,8 @@ class Encoded:
     prompt: list[int]
     responses: list[EncodedResponse]
     weight: float = 1.0
+    score_context: bool = False
+    """Whether what stands around the first response's own tokens is scored as well: the prompt and turns of others."""
 
 
 @dataclass

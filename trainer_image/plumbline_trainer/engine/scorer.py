@@ -76,17 +76,23 @@ class Scorer(nn.Module):
     def _plain(self, batch: PackedBatch) -> Tensor:
         model = self.model
         parts: list[Tensor] = []
+        around: list[Tensor] = []
+        contexts = {context.row: context.places for context in batch.contexts}
         with self._arranged(plain_implementation(model), one_piece=False):
             for answer in batch.answers:
-                if not answer.offsets:
+                context = contexts.pop(answer.row, ())  # it belongs to the row's first answer
+                if not answer.offsets and not context:
                     continue
                 prompt = batch.rows[answer.row].prompt
                 ids = torch.tensor([[*prompt, *answer.response.ids]], device=batch.input_ids.device)
                 logits = model(input_ids=ids, use_cache=False).logits[0]
-                places = torch.tensor(answer.offsets, device=ids.device) + len(prompt)
+                own = [offset + len(prompt) for offset in answer.offsets]
+                places = torch.tensor([*own, *context], device=ids.device)
                 scores = torch.log_softmax(logits[places - 1].float(), dim=-1)
-                parts.append(scores.gather(1, ids[0, places][:, None]).squeeze(1))
-        return torch.cat(parts) if parts else torch.zeros(0, device=batch.input_ids.device)
+                scores = scores.gather(1, ids[0, places][:, None]).squeeze(1)
+                parts.append(scores[: len(own)])
+                around.append(scores[len(own) :])
+        return torch.cat([*parts, *around]) if parts else torch.zeros(0, device=batch.input_ids.device)
 
     @contextmanager
     def _arranged(self, implementation: str, *, one_piece: bool) -> Iterator[None]:

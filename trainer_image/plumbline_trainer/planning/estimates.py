@@ -11,16 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from plumbline_api.artifacts import PREFERENCE_FORMATS
 from plumbline_api.evaluation import Evaluate
 from plumbline_api.record import StageRecord
-from plumbline_api.training import Dpo, Pretrain, Sft, Training, TrainingStage
+from plumbline_api.stages import STAGE_TYPES
+from plumbline_api.training import TRAINING_STAGES, Training, TrainingStage
 
 from plumbline_trainer.engine.schedule import plan_steps
 from plumbline_trainer.planning.datasets import SplitFindings
 from plumbline_trainer.planning.facts import ModelFacts
 
 RUNTIME_BYTES = 800 * 2**20
-PARAMETER_MODELS: dict[str, type[TrainingStage]] = {"pretrain": Pretrain, "sft": Sft, "dpo": Dpo}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,11 @@ def estimate(
         rows: its training rows; None for stages that do not train.
         tokens_per_second: training tokens per second and accelerator at 1B parameters; None if nobody says.
     """
-    if stage.type not in PARAMETER_MODELS:
+    if stage.type not in TRAINING_STAGES:
         return Estimate(memory=_inference_memory(stage, facts))
-    model = PARAMETER_MODELS[stage.type]
+    model = TRAINING_STAGES[stage.type]
+    # The longest of a pair's answers is known, so that a pair is taken for two rows of its length.
+    sequences = 2 if STAGE_TYPES[stage.type].dataset_formats == PREFERENCE_FORMATS else 1
     parameters = model.model_validate({key: value for key, value in stage.parameters.items() if key != "seed"})
     training = parameters.training
     steps = tokens = gpu_hours = None
@@ -57,13 +60,13 @@ def estimate(
             names, seed=0, global_batch=training.global_batch, epochs=training.epochs, max_steps=training.max_steps
         ).steps
         share = min(steps * training.global_batch / rows.rows, max(training.epochs, 1 / rows.rows))
-        tokens = round(rows.tokens(training.max_length) * share * (2 if stage.type == "dpo" else 1))
+        tokens = round(rows.tokens(training.max_length) * share * sequences)
         if tokens_per_second is not None and stage.resources.gpus_per_node:
             rate = tokens_per_second * 1e9 / facts.parameters
             gpu_hours = round(tokens / rate / 3600, 4)
     longest = training.tokens_per_batch
     if rows is not None and rows.rows:
-        row = min(rows.percentile(100), training.max_length) * (2 if stage.type == "dpo" else 1)
+        row = min(rows.percentile(100), training.max_length) * sequences
         # A micro-batch is part of a step, and a row longer than the budget stands alone.
         longest = max(row, min(longest, row * training.global_batch))
     return Estimate(steps, tokens, _training_memory(parameters, training, facts, longest), gpu_hours)

@@ -274,7 +274,7 @@ _TRAINING_NUMBERS = (
 def _training(stage: StageFacts) -> Training | None:
     if "training" not in stage.record.parameters:
         return None
-    figures = draw_curves(stage.name, stage.record.type, stage.points)
+    figures = draw_curves(stage.name, stage.record.type, stage.points, stage.record.parameters)
     numbers = [(label, words.number(stage.metrics[key])) for key, label in _TRAINING_NUMBERS if key in stage.metrics]
     if not figures and not numbers:
         return None
