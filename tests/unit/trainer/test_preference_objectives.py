@@ -203,8 +203,10 @@ class TestContext:
 
 def test_share_in_order_by_hand() -> None:
     # of (3, 1), (3, 1), (3, 4), (1, 1), (1, 4), (1, 4): two in order, one tie
-    assert share_in_order(torch.tensor([3.0, 1.0, 1.0, 4.0])).item() == pytest.approx(2.5 / 6)
-    assert share_in_order(torch.tensor([3.0, 1.0])).item() == 1.0
+    values = torch.tensor([3.0, 1.0, 1.0, 4.0])
+    assert share_in_order(values, torch.arange(4)).item() == pytest.approx(2.5 / 6)
+    # equal ranks ask for nothing: of (3, 1), (3, 4), (1, 1), (1, 4) one in order, one tie
+    assert share_in_order(values, torch.tensor([0, 0, 1, 1])).item() == pytest.approx(1.5 / 4)
 
 
 def test_rrhf_figures_of_rows_with_different_numbers_of_responses() -> None:

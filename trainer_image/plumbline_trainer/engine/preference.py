@@ -133,7 +133,7 @@ class RankedResponses:
     """RRHF: ranked responses to one prompt, and the likelihood of the best one.
 
     L = Σ_rows w · (ranking loss + α · NLL) ÷ Σ_rows w over mean log-probabilities p; any number of responses per row,
-    best first. NLL is the mean of −log π over the best response's tokens, as in the authors' code; the paper writes
+    two at least. NLL is the mean of −log π over the best response's tokens, as in the authors' code; the paper writes
     the sum.
     """
 
@@ -148,27 +148,37 @@ class RankedResponses:
         """The loss and its parts, the share of pairs in order (ties half), and the best one's lead over the others."""
         totals = batch.sum_by_answer(scores)
         rows = torch.split(totals / batch.answer_tokens, [len(row.responses) for row in batch.rows])
-        ranks = [torch.arange(len(means), device=means.device) for means in rows]
+        ranks = [ranks_of(row).to(totals.device) for row in batch.rows]
         ranking = torch.stack([losses.ranking_loss(means, order) for means, order in zip(rows, ranks, strict=True)])
-        likelihoods = -torch.stack([means[0] for means in rows])
+        best = [int(order.argmin()) for order in ranks]
+        likelihoods = -torch.stack([means[place] for means, place in zip(rows, best, strict=True)])
         row_losses = ranking + self.sft_weight * likelihoods
         with torch.no_grad():
             figures = {
                 "rankingLoss": ranking,
                 "sftLoss": likelihoods,
-                "rewardAccuracy": torch.stack([share_in_order(means) for means in rows]),
-                "rewardMargin": torch.stack([means[0] - means[1:].mean() for means in rows]),
+                "rewardAccuracy": torch.stack([share_in_order(m, order) for m, order in zip(rows, ranks, strict=True)]),
+                "rewardMargin": torch.stack([lead(m, place) for m, place in zip(rows, best, strict=True)]),
             }
             sums = {name: (batch.weights * values).sum() for name, values in figures.items()}
         return {"loss": (batch.weights * row_losses).sum(), **sums}
 
 
-def share_in_order(values: Tensor) -> Tensor:
-    """Share of the pairs i < j with value i above value j, ties half: [k] → scalar."""
-    count = len(values)
-    first, second = torch.triu_indices(count, count, offset=1, device=values.device)
-    gaps = values[first] - values[second]
+def ranks_of(row: Encoded) -> Tensor:
+    """Place of each response of a row, 0 is best: they stand in the order of their ranks, [responses]."""
+    return torch.arange(len(row.responses))
+
+
+def share_in_order(values: Tensor, ranks: Tensor) -> Tensor:
+    """Share of pairs of different rank whose better one has the higher value, ties half: [k], [k] → scalar."""
+    better = ranks[:, None] < ranks[None, :]
+    gaps = (values[:, None] - values[None, :])[better]
     return ((gaps > 0).float() + 0.5 * (gaps == 0).float()).mean()
+
+
+def lead(values: Tensor, best: int) -> Tensor:
+    """By how much one value is above the mean of the others: [k] → scalar."""
+    return values[best] - (values.sum() - values[best]) / (len(values) - 1)
 
 
 def pair_answers(batch: PackedBatch) -> tuple[Tensor, Tensor]:

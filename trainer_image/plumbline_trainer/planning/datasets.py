@@ -6,7 +6,7 @@ import gzip
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from plumbline_api.fingerprint import digest_of
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from plumbline_trainer.context import StageContext
     from plumbline_trainer.models.tokenizer import Tokenizer
 
-FINDINGS_VERSION = 1
+FINDINGS_VERSION = 2
 """Raised when the same rows would be found otherwise."""
 MEASURED_ROWS = 20_000
 """Rows whose tokens are counted at most; of more, evenly spread ones are taken."""
@@ -38,6 +38,11 @@ class SplitFindings:
     rows: int
     quantiles: list[int]
     """Tokens of a row (prompt and longest answer) at 0 %, 1 %, … 100 %; empty without rows."""
+
+    prompts: list[int] = field(default_factory=list)
+    """Tokens of a prompt at 0 %, 1 %, … 100 %."""
+    longest: str = ""
+    """Where the row with the longest prompt was read."""
 
     def percentile(self, share: int) -> int:
         """Tokens that so many percent of rows do not exceed."""
@@ -141,7 +146,7 @@ def _survey(context: StageContext, item: StageInput, tokenizer: Tokenizer) -> Da
     method: Method = "preference" if parsed.format == "preference" else "completion"
     splits, examples = {}, list[str]()
     for name, rows in by_split.items():
-        lengths: list[int] = []
+        lengths, prompts, longest = list[int](), list[int](), ""
         measured = _spread(rows, MEASURED_ROWS)
         if measured:
             encoded = encode_rows(measured, tokenizer, method=method, max_length=NO_LIMIT)
@@ -150,7 +155,12 @@ def _survey(context: StageContext, item: StageInput, tokenizer: Tokenizer) -> Da
                 len(row.prompt) + max((len(response.ids) for response in row.responses), default=0)
                 for row in encoded.rows
             )
-        splits[name] = SplitFindings(len(rows), quantiles(lengths))
+            # A prompt that is not shared lies within the answers, and is not measured.
+            prompts = sorted(len(row.prompt) for row in encoded.rows)
+            places = {row.id: row.source for row in measured}
+            top = max(encoded.rows, key=lambda row: len(row.prompt))
+            longest = places.get(top.row_id, "")
+        splits[name] = SplitFindings(len(rows), quantiles(lengths), quantiles(prompts), longest)
     return DatasetFindings(
         name=item.name,
         format=parsed.format,
