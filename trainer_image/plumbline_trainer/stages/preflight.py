@@ -171,9 +171,10 @@ def check_stages(record: RunRecord, datasets: dict[str, DatasetFindings]) -> Non
                 )
             limit = stage.parameters.get("training", {}).get("maxLength")
             if role == "dataset" and limit is not None and leaves_no_row(found.splits[split], limit):
+                shortest = found.splits[split].prompts[0]
                 raise InputError(
                     f"spec.stages[{index}].{stage.type}.training.maxLength: {limit} tokens leave no room for an answer "
-                    f'in any row of "{found.name}", whose shortest prompt has {found.splits[split].prompts[0]:,}. Raise it'
+                    f'in any row of "{found.name}", whose shortest prompt has {shortest:,}. Raise it'
                 )
 
 
