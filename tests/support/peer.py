@@ -110,7 +110,7 @@ def sft_trainer(model: Any, rows: Sequence[Encoded], arguments: dict[str, Any]) 
     trainer = trl.SFTTrainer(
         model, args=config, train_dataset=datasets.Dataset.from_list(data), processing_class=make_tokenizer()
     )
-    return in_order(trainer)
+    return _in_order(trainer)
 
 
 def dpo_trainer(
@@ -144,11 +144,10 @@ def dpo_trainer(
         train_dataset=datasets.Dataset.from_list(data),
         processing_class=make_tokenizer(),
     )
-    return in_order(trainer)
+    return _in_order(trainer)
 
 
-def in_order(trainer: Any) -> Any:
-    """The trainer, reading its rows one after the other."""
+def _in_order(trainer: Any) -> Any:
     trainer._get_train_sampler = lambda dataset=None: SequentialSampler(dataset or trainer.train_dataset)
     return trainer
 
