@@ -19,7 +19,7 @@ from plumbline_api.artifacts import (
 )
 from plumbline_api.base import Contract, Duration, Name, OneOf, Quantity
 from plumbline_api.evaluation import Evaluate, Gate
-from plumbline_api.training import Dpo, Kto, Pretrain, RewardModel, Sft
+from plumbline_api.training import Cpo, Dpo, Kto, Orpo, Pretrain, RewardModel, Rrhf, Sft, Simpo
 
 
 class Resources(Contract):
@@ -71,9 +71,17 @@ class Stage(OneOf):
     reward_model: RewardModel | None = None
     """Reward model on preference pairs or ranked answers."""
     dpo: Dpo | None = None
-    """Direct preference optimisation on preference pairs."""
+    """Direct preference optimisation on preference pairs, against a reference."""
     kto: Kto | None = None
     """Kahneman-Tversky optimisation on labelled answers or preference pairs."""
+    orpo: Orpo | None = None
+    """Odds-ratio preference optimisation on preference pairs, without a reference."""
+    simpo: Simpo | None = None
+    """Simple preference optimisation on preference pairs, without a reference."""
+    cpo: Cpo | None = None
+    """Contrastive preference optimisation on preference pairs, without a reference."""
+    rrhf: Rrhf | None = None
+    """Learning from ranked responses, without a reference."""
     merge: Merge | None = None
     """Merge adapters into full weights for serving."""
     evaluate: Evaluate | None = None
@@ -115,6 +123,10 @@ STAGE_TYPES: dict[str, StageType] = {
         StageType("rewardModel", 1, ArtifactKind.REWARD_MODEL, "train", RANKING_FORMATS),
         StageType("dpo", 1, ArtifactKind.POLICY, "train", PREFERENCE_FORMATS),
         StageType("kto", 1, ArtifactKind.POLICY, "train", UNPAIRED_FORMATS),
+        StageType("orpo", 1, ArtifactKind.POLICY, "train", PREFERENCE_FORMATS),
+        StageType("simpo", 1, ArtifactKind.POLICY, "train", PREFERENCE_FORMATS),
+        StageType("cpo", 1, ArtifactKind.POLICY, "train", PREFERENCE_FORMATS),
+        StageType("rrhf", 1, ArtifactKind.POLICY, "train", PREFERENCE_FORMATS),
         StageType("merge", 1, ArtifactKind.POLICY, "cpu"),
         StageType("evaluate", 1, ArtifactKind.REPORT, "generate"),
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic.alias_generators import to_camel
 
 from plumbline_api.base import Contract, Name
@@ -279,15 +279,111 @@ class RewardModel(TrainingStage):
     """Weight c of c·(r_w + r_l)², which keeps rewards around zero; 0.01 is usual. Absent: none."""
 
 
-class Dpo(TrainingStage):
-    """Direct preference optimisation (Rafailov et al. 2023)."""
+DpoLoss = Literal["sigmoid", "robust", "ipo", "ipoSum", "hinge", "exo", "nca", "apoZero", "apoDown"]
+SMOOTHED_LOSSES = frozenset({"sigmoid", "robust", "exo"})
+"""Losses of dpo that label smoothing changes."""
+EXO_SMOOTHING = 1e-3
+"""Label smoothing of exo where none is set."""
+Beta = Annotated[float, Field(gt=0, le=100)]
+SftWeight = Annotated[float, Field(ge=0, le=100)]
 
-    beta: Annotated[float, Field(gt=0, le=100)] = 0.1
-    """Strength of the pull towards the reference: the loss is −log σ(β·Δ)."""
-    loss: Literal["sigmoid"] = "sigmoid"
-    """Form of the preference loss."""
+
+class Dpo(TrainingStage):
+    """Direct preference optimisation (Rafailov et al. 2023) and its relatives with a reference."""
+
+    beta: Beta = 0.1
+    """Strength of the pull towards the reference; of ipo and ipoSum the paper's τ."""
+    loss: DpoLoss = "sigmoid"
+    """Form of the preference loss. ipo takes means over tokens, ipoSum sums; apoZero suits chosen answers better than the policy's own, apoDown worse ones."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = None
+    """Share of pairs whose answers are believed to be swapped: with sigmoid the conservative loss, with robust the unbiased one, with exo the target. Absent: 0, with exo 0.001."""
+    length_normalized: bool = False
+    """Take log-ratios as means over the tokens of an answer instead of sums."""
+    sft_weight: SftWeight = 0.0
+    """Weight α of the likelihood of chosen answers (RPO): plus α times the mean of −log p over the tokens of each."""
     reference: Name | None = None
     """Stage whose policy is the reference. Absent: the policy at the start of this stage."""
+
+    @field_validator("label_smoothing")
+    @classmethod
+    def _check_label_smoothing(cls, value: float | None, info: ValidationInfo) -> float | None:
+        loss = info.data.get("loss")
+        if value and loss is not None and loss not in SMOOTHED_LOSSES:
+            fits = ", ".join(sorted(SMOOTHED_LOSSES))
+            raise ValueError(
+                f"{value} with loss {loss}, which has no label smoothing; leave it out, or take loss {fits}"
+            )
+        if loss == "exo" and value == 0:
+            raise ValueError(f"0 with loss exo, which needs a share above 0; leave it out for {EXO_SMOOTHING}")
+        return value
+
+    @field_validator("length_normalized")
+    @classmethod
+    def _check_length_normalized(cls, value: bool, info: ValidationInfo) -> bool:
+        loss = info.data.get("loss")
+        if value and loss == "ipo":
+            raise ValueError("true with loss ipo, which takes means over tokens by itself; leave it out")
+        if value and loss == "ipoSum":
+            raise ValueError("true with loss ipoSum, which takes sums; leave it out, or take loss ipo for means")
+        return value
+
+    def model_post_init(self, _context: Any) -> None:
+        """Refuse a loss that lacks what it is made of."""
+        if self.loss == "robust" and self.label_smoothing is None:
+            raise ValueError("loss robust needs labelSmoothing, the share of pairs believed to be swapped, such as 0.1")
+
+    @property
+    def takes_label_smoothing(self) -> bool:
+        """Whether the loss is a function of it."""
+        return self.loss in SMOOTHED_LOSSES
+
+    @property
+    def smoothing(self) -> float:
+        """The label smoothing in force."""
+        if self.label_smoothing is None:
+            return EXO_SMOOTHING if self.loss == "exo" else 0.0
+        return self.label_smoothing
+
+    @property
+    def uses_means(self) -> bool:
+        """Whether log-ratios are means over tokens."""
+        return self.length_normalized or self.loss == "ipo"
+
+
+class Orpo(TrainingStage):
+    """Odds-ratio preference optimisation (Hong et al. 2024): likelihood plus beta times an odds-ratio loss, no reference."""
+
+    beta: Beta = 0.1
+    """Weight of the odds-ratio loss, the paper's λ."""
+    sft_on: Literal["all", "completion"] = "all"
+    """Tokens of the likelihood: prompt and chosen answer as in the authors' code, or the answer alone."""
+
+
+class Simpo(TrainingStage):
+    """Simple preference optimisation (Meng et al. 2024): a margin between mean log-probabilities, no reference."""
+
+    beta: Beta = 2.0
+    """Scale of the rewards: beta times the mean log-probability of an answer's tokens."""
+    gamma: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """Margin by which the chosen answer's reward should exceed the rejected one's."""
+    sft_weight: SftWeight = 0.0
+    """Weight of the likelihood of chosen answers, the mean of −log p over the tokens of each."""
+
+
+class Cpo(TrainingStage):
+    """Contrastive preference optimisation (Xu et al. 2024): the loss of dpo without a reference, plus likelihood."""
+
+    beta: Beta = 0.1
+    """Scale of the difference of log-probabilities."""
+    sft_weight: SftWeight = 1.0
+    """Weight of the likelihood of chosen answers, the mean of −log p over the tokens of each."""
+
+
+class Rrhf(TrainingStage):
+    """Rank responses (Yuan et al. 2023): mean log-probabilities in the order of the ranks, plus likelihood of the best."""
+
+    sft_weight: SftWeight = 1.0
+    """Weight of the likelihood of best answers, the mean of −log p over the tokens of each."""
 
 
 class KtoTraining(Training):
@@ -312,11 +408,28 @@ class Kto(TrainingStage):
     """Stage whose policy is the reference. Absent: the policy at the start of this stage."""
 
 
+TRAINING_STAGES: dict[str, type[TrainingStage]] = {
+    "pretrain": Pretrain,
+    "sft": Sft,
+    "rewardModel": RewardModel,
+    "dpo": Dpo,
+    "kto": Kto,
+    "orpo": Orpo,
+    "simpo": Simpo,
+    "cpo": Cpo,
+    "rrhf": Rrhf,
+}
+"""Parameters of the stages that train, by stage type."""
+
 DEFAULT_LEARNING_RATES: dict[str, tuple[float, float]] = {
     "pretrain": (2e-4, 2e-5),
     "sft": (2e-4, 2e-5),
     "rewardModel": (1e-4, 1e-5),
     "dpo": (5e-6, 1e-6),
     "kto": (5e-6, 1e-6),
+    "orpo": (5e-6, 1e-6),
+    "simpo": (5e-6, 1e-6),
+    "cpo": (5e-6, 1e-6),
+    "rrhf": (5e-6, 1e-6),
 }
 """Peak learning rate with LoRA and without, by stage type."""

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from plumbline_api.training import Schedule, Training
+from plumbline_api.training import Dpo, Schedule, Training
 from plumbline_trainer.data.encode import Encoded
-from plumbline_trainer.engine.objective import PairPreference
 from plumbline_trainer.engine.packing import pack
+from plumbline_trainer.engine.preference import dpo_objective
 from plumbline_trainer.engine.references import References
 from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.engine.scoring import score_rows
@@ -20,6 +20,7 @@ from support import peer
 from support.tiny import STYLES, Style
 
 BETA = 0.3
+PARAMETERS = Dpo(dataset="data", beta=BETA)
 CURVE_TOLERANCE = 1e-4
 """Relative, at every one of thirty steps in float32. The padded and the packed forward round differently."""
 
@@ -57,7 +58,7 @@ def test_loss_and_gradient(tmp_path: Path, style: Style) -> None:
     theirs = trainer.compute_loss(trainer.model, batch)
     theirs.backward()
 
-    objective = PairPreference(references_of(ours, rows), beta=BETA)
+    objective = dpo_objective(PARAMETERS, references_of(ours, rows))
     packed = pack(rows)
     sums = objective.sums(packed, Scorer(ours)(packed))
     loss = sums["loss"] / len(rows)
@@ -96,7 +97,7 @@ def test_thirty_steps(tmp_path: Path, style: Style, lora: bool) -> None:
         peer.their_model(ours, style, lora=lora), in_order, peer.shared_arguments(tmp_path, settings), beta=BETA
     )
     theirs = peer.losses_of(trainer)
-    found = peer.LossCurve(tmp_path, ours, rows, settings).train(PairPreference(references_of(ours, rows), beta=BETA))
+    found = peer.LossCurve(tmp_path, ours, rows, settings).train(dpo_objective(PARAMETERS, references_of(ours, rows)))
     assert len(theirs) == len(found) == 30
     assert min(found) < 0.65, "the model must move, or the curve says nothing"
     assert found == pytest.approx(theirs, rel=CURVE_TOLERANCE)

@@ -113,10 +113,12 @@ def sft_trainer(model: Any, rows: Sequence[Encoded], arguments: dict[str, Any]) 
     return in_order(trainer)
 
 
-def dpo_trainer(model: Any, rows: Sequence[Encoded], arguments: dict[str, Any], *, beta: float) -> Any:
+def dpo_trainer(
+    model: Any, rows: Sequence[Encoded], arguments: dict[str, Any], *, beta: float, **config_fields: Any
+) -> Any:
     """trl's DPO on ready ids, in the given order; only its tokenisation is left out.
 
-    The reference is the model as given.
+    The reference is the model as given; the loss is trl's default (sigmoid) unless `config_fields` say otherwise.
     """
 
     class Ready(trl.DPOTrainer):  # type: ignore[misc]
@@ -134,7 +136,7 @@ def dpo_trainer(model: Any, rows: Sequence[Encoded], arguments: dict[str, Any], 
         }
         for row in rows
     ]
-    config = trl.DPOConfig(**arguments, beta=beta, loss_type=["sigmoid"])
+    config = trl.DPOConfig(**arguments, beta=beta, **{"loss_type": ["sigmoid"], **config_fields})
     trainer = Ready(
         model,
         ref_model=None if isinstance(model, peft.PeftModel) else copy.deepcopy(model),

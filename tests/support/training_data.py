@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from plumbline_api.stagerun import StageRun
-from plumbline_api.training import Dpo, Kto, Pretrain, RewardModel, Sft
+from plumbline_api.training import TRAINING_STAGES
 from support.tiny import save_model
 from support.trainer import base_model, external, parameters_of, stage_run, write_jsonl
 
@@ -60,14 +60,8 @@ def rows_of(kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-FORMATS = {
-    "pretrain": "text",
-    "sft": "promptCompletion",
-    "rewardModel": "preference",
-    "dpo": "preference",
-    "kto": "unpaired",
-}
-MODELS = {"pretrain": Pretrain, "sft": Sft, "rewardModel": RewardModel, "dpo": Dpo, "kto": Kto}
+FORMATS = {"pretrain": "text", "sft": "promptCompletion", "kto": "unpaired"}
+"""Format of the rows of a stage type; preference rows where none is named."""
 
 
 def training_run(
@@ -95,13 +89,13 @@ def training_run(
     model = folder / f"model-{style}-{dtype}"
     if not model.exists():
         save_model(model, style, dtype=dtype)
-    form = form or FORMATS[type_]
+    form = form or FORMATS.get(type_, "preference")
     data = folder / f"{form}-{rows}.jsonl"
     uri = f"file://{data}" if data.exists() else write_jsonl(data, rows_of(form, rows))
     fields: dict[str, Any] = {"dataset": "data", "training": training, **(stage or {})}
     if lora is not None:
         fields["lora"] = lora
-    parameters = parameters_of(MODELS[type_].model_validate(fields), seed=seed)
+    parameters = parameters_of(TRAINING_STAGES[type_].model_validate(fields), seed=seed)
     split = {"evaluation": evaluation, "test": test}
     inputs = [base_model(f"file://{model}"), external("dataset", uri, format=form, split=split)]
     for number, (role, kind) in enumerate((others or {}).items()):

@@ -44,6 +44,10 @@ STAGES: dict[str, str] = {
     "rewardModel": "plumbline_trainer.stages.reward_model",
     "dpo": "plumbline_trainer.stages.dpo",
     "kto": "plumbline_trainer.stages.kto",
+    "orpo": "plumbline_trainer.stages.orpo",
+    "simpo": "plumbline_trainer.stages.simpo",
+    "cpo": "plumbline_trainer.stages.cpo",
+    "rrhf": "plumbline_trainer.stages.rrhf",
     "merge": "plumbline_trainer.stages.merge",
     "evaluate": "plumbline_trainer.stages.evaluate",
 }

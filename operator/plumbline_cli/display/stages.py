@@ -14,12 +14,12 @@ from plumbline_api.status import PipelineStatus, StageStatus
 
 from plumbline_cli.display.words import duration, moment, number
 
+PREFERENCE_FIGURES = ("evalRewardAccuracy", "rewardAccuracy", "loss", "rewardMargin")
 KEY_FIGURES: dict[str, tuple[str, ...]] = {
     "pretrain": ("evalLoss", "loss"),
     "sft": ("evalLoss", "loss"),
     "rewardModel": ("accuracy", "calibrationError", "lengthSpearman", "rewardAccuracy", "loss"),
-    "dpo": ("evalRewardAccuracy", "rewardAccuracy", "loss", "rewardMargin"),
-    "kto": ("evalRewardAccuracy", "rewardAccuracy", "loss", "rewardMargin"),
+    **dict.fromkeys(("dpo", "kto", "orpo", "simpo", "cpo", "rrhf"), PREFERENCE_FIGURES),
     "merge": ("lostPart", "logitKl"),
     "evaluate": ("winRate", "preferenceAccuracy", "perplexity"),
 }

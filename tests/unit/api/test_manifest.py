@@ -75,7 +75,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "two stage types": (
         {"stages": stages_with(0, sft={"dataset": "tickets"})},
         [
-            "spec.stages[0]: exactly one stage type must be set, pretrain and sft are; choose one of: pretrain, sft, rewardModel, dpo, kto, merge, evaluate"
+            "spec.stages[0]: exactly one stage type must be set, pretrain and sft are; choose one of: pretrain, sft, rewardModel, dpo, kto, orpo, simpo, cpo, rrhf, merge, evaluate"
         ],
     ),
     "wrong dataset format": (
@@ -233,6 +233,64 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         [
             'spec.stages[5].kto.reference: "exam" (evaluate) yields a report; a policy is needed here. Stages that fit: '
             "domain, sft, dpo, final"
+        ],
+    ),
+    **{
+        f"{stage} with beta 0": (
+            {"stages": stages_with(2, dpo=None, **{stage: {"dataset": "prefs", "beta": 0}})},
+            [f"spec.stages[2].{stage}.beta: 0: input should be greater than 0"],
+        )
+        for stage in ("orpo", "simpo", "cpo")
+    },
+    "negative margin": (
+        {"stages": stages_with(2, dpo=None, simpo={"dataset": "prefs", "gamma": -1})},
+        ["spec.stages[2].simpo.gamma: -1: input should be greater than or equal to 0"],
+    ),
+    "rrhf on instruction rows": (
+        {"stages": stages_with(2, dpo=None, rrhf={"dataset": "tickets"})},
+        [
+            'spec.stages[2].rrhf.dataset: "tickets" holds instruction rows (instruction, input, output); rrhf needs preference '
+            "rows (prompt, chosen, rejected) or ranked rows (prompt, completions). Datasets that fit: prefs"
+        ],
+    ),
+    "unknown loss": (
+        {"stages": stages_with(2, dpo={"dataset": "prefs", "loss": "ipo_sum"})},
+        [
+            'spec.stages[2].dpo.loss: "ipo_sum" is not one of sigmoid, robust, ipo, ipoSum, hinge, exo, nca, apoZero, apoDown. '
+            "Did you mean ipoSum?"
+        ],
+    ),
+    "label smoothing of a loss without": (
+        {"stages": stages_with(2, dpo={"dataset": "prefs", "loss": "hinge", "labelSmoothing": 0.1})},
+        [
+            "spec.stages[2].dpo.labelSmoothing: 0.1 with loss hinge, which has no label smoothing; leave it out, or take loss "
+            "exo, robust, sigmoid"
+        ],
+    ),
+    "robust without label smoothing": (
+        {"stages": stages_with(2, dpo={"dataset": "prefs", "loss": "robust"})},
+        [
+            "spec.stages[2].dpo: loss robust needs labelSmoothing, the share of pairs believed to be swapped, such as 0.1"
+        ],
+    ),
+    "robust with half of the labels swapped": (
+        {"stages": stages_with(2, dpo={"dataset": "prefs", "loss": "robust", "labelSmoothing": 0.5})},
+        ["spec.stages[2].dpo.labelSmoothing: 0.5: input should be less than 0.5"],
+    ),
+    "exo without label smoothing": (
+        {"stages": stages_with(2, dpo={"dataset": "prefs", "loss": "exo", "labelSmoothing": 0})},
+        ["spec.stages[2].dpo.labelSmoothing: 0 with loss exo, which needs a share above 0; leave it out for 0.001"],
+    ),
+    "means of means": (
+        {"stages": stages_with(2, dpo={"dataset": "prefs", "loss": "ipo", "lengthNormalized": True})},
+        [
+            "spec.stages[2].dpo.lengthNormalized: true with loss ipo, which takes means over tokens by itself; leave it out"
+        ],
+    ),
+    "means of sums": (
+        {"stages": stages_with(2, dpo={"dataset": "prefs", "loss": "ipoSum", "lengthNormalized": True})},
+        [
+            "spec.stages[2].dpo.lengthNormalized: true with loss ipoSum, which takes sums; leave it out, or take loss ipo for means"
         ],
     ),
     "gate without bound": (

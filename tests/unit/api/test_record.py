@@ -39,9 +39,9 @@ def replaced(index: int, stage: dict[str, Any]) -> list[dict[str, Any]]:
 GOLDEN = {
     "domain": "e70a02ddad712bbe782fdb51b6e5b8e43f41eca6b80c118e2826d62ee33eed30",
     "sft": "1c9108066a3d2fedf28bb0e1208ef58dd09f4e9bce399aa29050f60eb149e920",
-    "dpo": "8dcffbebe7d7952c3662c0f696d02254b645a518986901be2881bd0ac98a460b",
-    "final": "34a74869b199767c341b0b805ec5ddb737e0b0b953e07264b096bb7322d0eb34",
-    "exam": "e107c8047ad4b65f99782ae72025dbb56d4ecf08276066cbac10a5d4d8c1d3c4",
+    "dpo": "66f986dcb6e2f9a859d53caa465703ba2870f81fef657a991fd83445bf7bd2b8",
+    "final": "1e704ac424d7871bc5a09cda45d2ff7ff6de7de69875850ee804c17882cb79e9",
+    "exam": "afadc75d952dd00c8f26fbaef43ea918b938121a455a5ab393cd1c246213d867",
 }
 
 

@@ -294,6 +294,55 @@ def test_prompts_trained_on_and_tested_on_are_found(tmp_path: Path, model: Path)
     assert result.preflight.notes[0] == "5 of 5 held-out prompts of p stand in the training rows of q"
 
 
+class TestLengths:
+    """What a stage's maxLength does to rows is told before anything is trained."""
+
+    def made(self, folder: Path, model: Path, max_length: int, type_: str = "orpo") -> LocalPipeline:
+        stages = [{"name": "pairs", type_: {"dataset": "p", "training": {"maxLength": max_length}}}]
+        made = pipeline(folder, model, stages, split={})
+        pairs = [
+            {
+                "prompt": f"{n}: " + "a plumb line hangs straight " * (9 if n == 3 else 1),
+                "chosen": "It is true. " * (6 if n < 10 else 1),
+                "rejected": "It leans.",
+            }
+            for n in range(20)
+        ]
+        write_jsonl(folder / "p.jsonl", pairs)
+        return made
+
+    @pytest.mark.parametrize("type_", ["dpo", "rrhf"])
+    def test_dropped_and_cut_rows_are_counted_with_an_example(self, tmp_path: Path, model: Path, type_: str) -> None:
+        from plumbline_trainer.data.encode import encode_rows
+        from plumbline_trainer.data.loading import load_rows
+        from plumbline_trainer.models.loading import load_tokenizer
+
+        made = self.made(tmp_path, model, 64, type_)
+        result, code = preflight(made)
+        assert code == 0, result
+        assert result.preflight is not None
+        (note,) = [note for note in result.preflight.notes if note.startswith("pairs: ")]
+        run = made.stage("pairs")
+        rows = load_rows(stage_context(tmp_path / "x", run), run.inputs[1], "train")
+        encoded = encode_rows(rows, load_tokenizer(model), method="preference", max_length=64)
+        assert encoded.dropped == 1
+        assert encoded.truncated > 5
+        assert f"about 1 of {len(rows)} rows have no room for an answer in maxLength 64 and are dropped" in note
+        assert f"about {encoded.truncated} of {len(rows)} rows lose their end at maxLength 64" in note
+        assert any("p.jsonl line 4" in note for note in plan_of(made)["notes"])
+
+    def test_a_limit_that_cuts_nothing_is_not_spoken_of(self, tmp_path: Path, model: Path) -> None:
+        result, _ = preflight(self.made(tmp_path, model, 512))
+        assert result.preflight is not None
+        assert not [note for note in result.preflight.notes if note.startswith("pairs: ")]
+
+    def test_a_limit_that_leaves_no_row_is_refused(self, tmp_path: Path, model: Path) -> None:
+        result, code = preflight(self.made(tmp_path, model, 8))
+        assert code == 2
+        assert result.message.startswith("spec.stages[0].orpo.training.maxLength: 8 tokens leave no room for an answer")
+        assert result.message.endswith("Raise it")
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [

@@ -20,7 +20,7 @@ from plumbline_trainer.errors import InputError
 if TYPE_CHECKING:
     from plumbline_trainer.models.tokenizer import Tokenizer
 
-Method = Literal["text", "completion", "all", "assistant", "preference", "unpaired", "score", "prompt"]
+Method = Literal["text", "completion", "all", "assistant", "preference", "unpaired", "ranked", "score", "prompt"]
 """What carries loss.
 
 - text: every token of raw text but the first
@@ -29,7 +29,8 @@ Method = Literal["text", "completion", "all", "assistant", "preference", "unpair
 - assistant: every turn of the assistant
 - preference: the chosen and the rejected answer
 - unpaired: every labelled answer; of a pair, the chosen one is desirable and the rejected one is not
-- score: every answer, in the row's order; what is read is a score at its last token, the end token itself
+- ranked: every answer, in the row's order, with its rank
+- score: as ranked; what is read is a score at its last token, the end token itself
 - prompt: nothing; the prompt is for sampling
 """
 
@@ -76,6 +77,8 @@ class Encoded:
     weight: float = 1.0
     margin: float = 0.0
     """How much better the chosen answer is said to be."""
+    score_context: bool = False
+    """Whether what stands around the first response's own tokens is scored as well: the prompt and turns of others."""
 
 
 @dataclass
@@ -229,7 +232,7 @@ def _dialogues(row: Row, method: Method) -> list[_Dialogue]:
         if not labelled:
             raise InputError(f"{row.source}: an answer with a label, or a chosen and a rejected one, is needed")
         return [_Dialogue(row.prompt, row.prompt + item.messages, DESIRABLE[item.label]) for item in labelled]
-    if method == "score":
+    if method in ("ranked", "score"):
         answers = [(response, response.rank or 0) for response in row.responses]
         return [_Dialogue(row.prompt, row.prompt + answer.messages, "completion", rank) for answer, rank in answers]
     messages = row.prompt + _answer(row).messages

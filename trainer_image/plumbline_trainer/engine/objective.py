@@ -10,9 +10,7 @@ from torch import Tensor
 
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.packing import PackedBatch
-from plumbline_trainer.engine.references import References
 from plumbline_trainer.losses.likelihood import negative_log_likelihood
-from plumbline_trainer.losses.preference import log_ratio, sigmoid_loss
 
 
 class Objective(Protocol):
@@ -61,56 +59,12 @@ class TokenLikelihood:
         return {"loss": negative_log_likelihood(scores, token_weights(batch))}
 
 
-class PairPreference:
-    """DPO with the sigmoid loss: mean over pairs, by their weight."""
-
-    def __init__(self, references: References, *, beta: float) -> None:
-        self.references = references
-        self.beta = beta
-
-    def size(self, row: Encoded) -> float:
-        """A pair counts by its weight."""
-        return row.weight
-
-    def sums(self, batch: PackedBatch, scores: Tensor) -> dict[str, Tensor]:
-        """The loss, implicit rewards β·r, how often the chosen one is higher (ties half), and log-probabilities."""
-        policy = batch.sum_by_answer(scores)
-        chosen, rejected = pair_answers(batch)
-        reference = self.references.totals(batch).to(policy.device)
-        ratios = log_ratio(policy, reference)
-        weights = batch.weights
-        losses = sigmoid_loss(ratios[chosen], ratios[rejected], beta=self.beta)
-        with torch.no_grad():
-            rewards = self.beta * ratios
-            margins = rewards[chosen] - rewards[rejected]
-            figures = {
-                "rewardMargin": margins,
-                "rewardAccuracy": (margins > 0).float() + 0.5 * (margins == 0).float(),
-                "rewardChosen": rewards[chosen],
-                "rewardRejected": rewards[rejected],
-                "logpsChosen": policy[chosen],
-                "logpsRejected": policy[rejected],
-            }
-            sums = {name: (weights * values).sum() for name, values in figures.items()}
-        return {"loss": (weights * losses).sum(), **sums}
-
-
 def token_weights(batch: PackedBatch) -> Tensor:
     """Weight of each scored token, [N]: that of its row."""
     device = batch.weights.device
     counts = torch.tensor([len(answer.scored) for answer in batch.answers], device=device)
     owners = torch.tensor([answer.row for answer in batch.answers], device=device)
     return batch.weights[owners].repeat_interleave(counts)
-
-
-def pair_answers(batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """Index of the chosen and of the rejected answer of each row, [rows] each."""
-    places: dict[str, list[int]] = {"chosen": [], "rejected": []}
-    for index, answer in enumerate(batch.answers):
-        places[answer.response.role].append(index)
-    assert len(places["chosen"]) == len(places["rejected"]) == len(batch.rows)
-    device = batch.weights.device
-    return torch.tensor(places["chosen"], device=device), torch.tensor(places["rejected"], device=device)
 
 
 def scored_tokens(row: Encoded) -> int:

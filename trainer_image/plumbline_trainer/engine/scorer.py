@@ -114,17 +114,26 @@ class Scorer(nn.Module):
         return hidden
 
     def _plain(self, batch: PackedBatch) -> Iterator[tuple[Tensor, Tensor]]:
-        """[n, V] log-probabilities and [n] ids of the scored tokens of each answer that has some."""
+        """[n, V] log-probabilities and [n] ids of scored tokens: of each answer that has some, then of contexts."""
         model = self.model
+        around: list[tuple[Tensor, Tensor]] = []
+        contexts = {context.row: context.places for context in batch.contexts}
         for answer in batch.answers:
-            if not answer.offsets:
+            context = contexts.pop(answer.row, ())  # it belongs to the row's first answer
+            if not answer.offsets and not context:
                 continue
             prompt = batch.rows[answer.row].prompt
             ids = torch.tensor([[*prompt, *answer.response.ids]], device=batch.input_ids.device)
             with self._arranged(plain_implementation(model), one_piece=False):
                 logits = model(input_ids=ids, use_cache=False).logits[0]
-            places = torch.tensor(answer.offsets, device=ids.device) + len(prompt)
-            yield torch.log_softmax(logits[places - 1].float(), dim=-1), ids[0, places]
+            own = [offset + len(prompt) for offset in answer.offsets]
+            places = torch.tensor([*own, *context], device=ids.device)
+            logs, targets = torch.log_softmax(logits[places - 1].float(), dim=-1), ids[0, places]
+            if own:
+                yield logs[: len(own)], targets[: len(own)]
+            if context:
+                around.append((logs[len(own) :], targets[len(own) :]))
+        yield from around
 
     @contextmanager
     def _arranged(self, implementation: str, *, one_piece: bool) -> Iterator[None]:

@@ -6,7 +6,7 @@ import gzip
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from plumbline_api.fingerprint import digest_of
@@ -46,6 +46,10 @@ class SplitFindings:
     desirable: int = 0
     """Answers that a label calls good; of a pair, the chosen one."""
     undesirable: int = 0
+    prompts: list[int] = field(default_factory=list)
+    """Tokens of a prompt at 0 %, 1 %, … 100 %."""
+    longest: str = ""
+    """Where the row with the longest prompt was read."""
 
     @property
     def labels(self) -> LabelCounts:
@@ -154,7 +158,7 @@ def _survey(context: StageContext, item: StageInput, tokenizer: Tokenizer) -> Da
     method = METHODS.get(parsed.format, "completion")
     splits, examples = {}, list[str]()
     for name, rows in by_split.items():
-        lengths: list[int] = []
+        lengths, prompts, longest = list[int](), list[int](), ""
         measured = _spread(rows, MEASURED_ROWS)
         if measured:
             encoded = encode_rows(measured, tokenizer, method=method, max_length=NO_LIMIT)
@@ -163,6 +167,11 @@ def _survey(context: StageContext, item: StageInput, tokenizer: Tokenizer) -> Da
                 len(row.prompt) + max((len(response.ids) for response in row.responses), default=0)
                 for row in encoded.rows
             )
+            # A prompt that is not shared lies within the answers, and is not measured.
+            prompts = sorted(len(row.prompt) for row in encoded.rows)
+            places = {row.id: row.source for row in measured}
+            top = max(encoded.rows, key=lambda row: len(row.prompt))
+            longest = places.get(top.row_id, "")
         labels = count_labels(response.label for row in rows for response in row.responses)
         splits[name] = SplitFindings(
             rows=len(rows),
@@ -170,6 +179,8 @@ def _survey(context: StageContext, item: StageInput, tokenizer: Tokenizer) -> Da
             answers=sum(len(row.responses) for row in rows) / len(rows) if rows else 1.0,
             desirable=labels.desirable,
             undesirable=labels.undesirable,
+            prompts=quantiles(prompts),
+            longest=longest,
         )
     return DatasetFindings(
         name=item.name,

@@ -15,20 +15,13 @@ from typing import Any
 
 from plumbline_api.evaluation import Evaluate
 from plumbline_api.record import StageRecord
-from plumbline_api.training import Dpo, Kto, Pretrain, RewardModel, Sft, Training, TrainingStage
+from plumbline_api.training import TRAINING_STAGES, Training, TrainingStage
 
 from plumbline_trainer.engine.schedule import plan_steps
 from plumbline_trainer.planning.datasets import SplitFindings
 from plumbline_trainer.planning.facts import ModelFacts
 
 RUNTIME_BYTES = 800 * 2**20
-PARAMETER_MODELS: dict[str, type[TrainingStage]] = {
-    "pretrain": Pretrain,
-    "sft": Sft,
-    "rewardModel": RewardModel,
-    "dpo": Dpo,
-    "kto": Kto,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +52,9 @@ def estimate(
         tokens_per_second: training tokens per second and accelerator at 1B parameters; None if nobody says.
         rehearsed: training rows of the datasets that are mixed in, as declared.
     """
-    if stage.type not in PARAMETER_MODELS:
+    if stage.type not in TRAINING_STAGES:
         return Estimate(memory=_inference_memory(stage, facts))
-    model = PARAMETER_MODELS[stage.type]
+    model = TRAINING_STAGES[stage.type]
     parameters = model.model_validate({key: value for key, value in stage.parameters.items() if key != "seed"})
     training = parameters.training
     steps = tokens = gpu_hours = None
@@ -99,11 +92,11 @@ def _names(rows: SplitFindings) -> list[str]:
 
 
 def _answers(stage: StageRecord, rows: SplitFindings) -> float:
-    """Answers of a row that go through the model."""
-    if stage.type == "rewardModel":
+    """Answers of a row that go through the model, each taken to be as long as the longest with its prompt."""
+    if stage.type in ("rewardModel", "rrhf"):
         return rows.answers
     # A pair; in kto an answer of its own and one that does not belong to it.
-    return 2 if stage.type in ("dpo", "kto") else 1
+    return 1 if stage.type in ("pretrain", "sft") else 2
 
 
 def lora_parameters(rank: int, targets: list[str] | None, facts: ModelFacts) -> int:

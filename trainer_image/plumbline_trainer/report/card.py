@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import yaml
+from plumbline_api.training import TRAINING_STAGES
 
 from plumbline_trainer.report import words
 from plumbline_trainer.report.facts import RunFacts
@@ -12,7 +13,6 @@ from plumbline_trainer.report.figures import Finding, find
 
 BUNDLED = {"bundled://smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Repositories from which bundled models come."""
-TRAINING_TYPES = ("pretrain", "sft", "dpo", "kto")
 
 
 def write_card(facts: RunFacts) -> str:
@@ -32,7 +32,7 @@ def hub_name(uri: str) -> str | None:
 
 
 def _header(facts: RunFacts, findings: list[Finding]) -> dict[str, Any]:
-    types = [stage.record.type for stage in facts.stages if stage.succeeded and stage.record.type in TRAINING_TYPES]
+    types = [stage.record.type for stage in facts.stages if stage.succeeded and stage.record.type in TRAINING_STAGES]
     header: dict[str, Any] = {"license": "unknown", "library_name": "transformers", "pipeline_tag": "text-generation"}
     if (base := hub_name(facts.record.external_inputs[0].uri)) is not None:
         header["base_model"] = base

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from plumbline_trainer.engine import range_test
@@ -32,25 +33,35 @@ class Panel:
     """A level to compare with, such as ½ for an accuracy."""
 
 
+_LIKELIHOOD = (Panel("Loss per token", "loss", "evalLoss"),)
+_PREFERENCE = (
+    Panel("Loss", "loss", "evalLoss"),
+    Panel("Chosen preferred to rejected", "rewardAccuracy", "evalRewardAccuracy", 0.5),
+    Panel("Margin of the implicit reward", "rewardMargin", "evalRewardMargin", 0.0),
+)
 PANELS: dict[str, tuple[Panel, ...]] = {
-    "pretrain": (Panel("Loss per token", "loss", "evalLoss"),),
-    "sft": (Panel("Loss per token", "loss", "evalLoss"),),
+    **dict.fromkeys(("pretrain", "sft"), _LIKELIHOOD),
     "rewardModel": (
         Panel("Loss", "loss", "evalLoss"),
         Panel("Better answer has the higher reward", "rewardAccuracy", "evalRewardAccuracy", 0.5),
         Panel("Margin of the reward", "rewardMargin", "evalRewardMargin", 0.0),
     ),
-    "dpo": (
-        Panel("Loss", "loss", "evalLoss", 0.6931471805599453),
-        Panel("Chosen preferred to rejected", "rewardAccuracy", "evalRewardAccuracy", 0.5),
-        Panel("Margin of the implicit reward", "rewardMargin", "evalRewardMargin", 0.0),
-    ),
+    **dict.fromkeys(("dpo", "orpo", "simpo", "cpo", "rrhf"), _PREFERENCE),
     "kto": (
         Panel("Loss", "loss", "evalLoss"),
         Panel("Answers on their side of the reference point", "rewardAccuracy", "evalRewardAccuracy", 0.5),
         Panel("Distance of the implicit reward from the reference point", "rewardMargin", "evalRewardMargin", 0.0),
     ),
 }
+
+
+def panels_of(stage_type: str, parameters: Mapping[str, Any]) -> tuple[Panel, ...]:
+    """The plots of a stage type. A sigmoid of the margin alone starts at ln 2."""
+    panels = PANELS.get(stage_type, ())
+    plain = parameters.get("loss", "sigmoid") in ("sigmoid", "robust") and not parameters.get("sftWeight")
+    if stage_type == "dpo" and plain:
+        return (replace(panels[0], reference=math.log(2)), *panels[1:])
+    return panels
 
 
 @dataclass(frozen=True)
@@ -63,10 +74,12 @@ class Figure:
     """In words, for people who do not see it."""
 
 
-def draw_curves(stage: str, stage_type: str, points: Sequence[Point]) -> list[Figure]:
+def draw_curves(
+    stage: str, stage_type: str, points: Sequence[Point], parameters: Mapping[str, Any] | None = None
+) -> list[Figure]:
     """Every plot that a stage's figures allow; none where it reported fewer than two steps."""
     figures = []
-    for panel in PANELS.get(stage_type, ()):
+    for panel in panels_of(stage_type, parameters or {}):
         steps, values = series(points, panel.training)
         if len(steps) >= 2:
             held_out = series(points, panel.held_out) if panel.held_out is not None else ([], [])

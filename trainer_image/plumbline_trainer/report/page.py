@@ -283,7 +283,7 @@ _TRAINING_NUMBERS = (
 def _figures(stage: StageFacts) -> list[Figure]:
     """The curves of a training stage; of a range test its one plot."""
     if stage.record.parameters["training"].get("rangeTest") is None:
-        return draw_curves(stage.name, stage.record.type, stage.points)
+        return draw_curves(stage.name, stage.record.type, stage.points, stage.record.parameters)
     swept = [item.metrics for item in stage.points if {"learningRate", "loss"} <= item.metrics.keys()]
     if len(swept) < 2:
         return []

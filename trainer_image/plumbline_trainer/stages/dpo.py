@@ -5,59 +5,36 @@ from __future__ import annotations
 from plumbline_api.training import Dpo
 
 from plumbline_trainer.context import StageContext, StageOutput
-from plumbline_trainer.data.encode import encode_rows
-from plumbline_trainer.data.loading import load_rows
 from plumbline_trainer.engine.distributed import joined_ranks
-from plumbline_trainer.engine.loop import TrainingRun
-from plumbline_trainer.engine.objective import PairPreference
+from plumbline_trainer.engine.preference import dpo_objective
+from plumbline_trainer.engine.preference_run import load_preferences, open_run
 from plumbline_trainer.engine.reference_pass import find_references
-from plumbline_trainer.engine.schedule import plan_steps
-from plumbline_trainer.engine.scorer import Scorer, prepare_modes
-from plumbline_trainer.engine.trained import (
-    make_trainable,
-    report_rows,
-    save_policy,
-    stage_parameters,
-    weights_precision,
-)
+from plumbline_trainer.engine.scorer import prepare_modes
+from plumbline_trainer.engine.trained import save_policy, stage_parameters, weights_precision
 from plumbline_trainer.models.policy import load_policy
 
 
 def run(context: StageContext) -> StageOutput | None:
     """Train on pairs; the loss is the mean over the pairs of a step. Nothing is dropped at random."""
     parameters, seed = stage_parameters(context, Dpo)
-    training, lora = parameters.training, parameters.lora
     with joined_ranks(context.rank, context.world_size, context.device) as ranks:
         # Load
         policy = load_policy(
             context, context.input("model"), precision=weights_precision(parameters), device=context.device
         )
-        dataset, longest = context.input("dataset"), training.max_length
-        encoded = encode_rows(
-            load_rows(context, dataset, "train"), policy.tokenizer, method="preference", max_length=longest
-        )
-        held_out = encode_rows(
-            load_rows(context, dataset, "evaluation"), policy.tokenizer, method="preference", max_length=longest
-        ).rows
-        report_rows(context, encoded, "training pairs")
+        rows = load_preferences(context, policy, parameters)
 
         # Build
-        scorer = Scorer(make_trainable(policy, lora, seed), precision=training.precision)
-        plan = plan_steps(
-            [row.row_id for row in encoded.rows],
-            seed=seed,
-            global_batch=training.global_batch,
-            epochs=training.epochs,
-            max_steps=training.max_steps,
-        )
-        run = TrainingRun(context, ranks, scorer, plan, encoded.rows, training)
+        run = open_run(context, ranks, policy, parameters, rows, seed)
         # The model's weights are still those it starts from: only now does a resumed run take up its own.
-        references = find_references(run, policy, held_out)
+        references = find_references(run, policy, rows.held_out)
         run.resume()
-        prepare_modes(scorer, adapter_dropout=False, gradient_checkpointing=training.gradient_checkpointing)
+        prepare_modes(
+            run.scorer, adapter_dropout=False, gradient_checkpointing=parameters.training.gradient_checkpointing
+        )
 
         # Loop
-        run.train(PairPreference(references, beta=parameters.beta), held_out)
+        run.train(dpo_objective(parameters, references), rows.held_out)
 
         # Save and report
-        return save_policy(context, run, policy, lora, encoded)
+        return save_policy(context, run, policy, parameters.lora, rows.encoded)

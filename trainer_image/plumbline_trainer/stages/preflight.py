@@ -25,6 +25,7 @@ from plumbline_trainer.planning.datasets import DatasetFindings, Leak, find_leak
 from plumbline_trainer.planning.estimates import Estimate, estimate, shown_bytes
 from plumbline_trainer.planning.facts import ModelFacts, local_tokenizer, model_facts
 from plumbline_trainer.planning.hits import Hit, find_hits
+from plumbline_trainer.planning.lengths import leaves_no_row, length_note
 from plumbline_trainer.planning.pins import Pin, pin
 from plumbline_trainer.storage import uris
 
@@ -185,6 +186,13 @@ def check_stages(record: RunRecord, datasets: dict[str, DatasetFindings]) -> Non
                     f'spec.stages[{index}].{stage.type}.training.{needs}: "{found.name}" has no rows in its evaluation '
                     f"split ({found.rows:,} rows). {split_remedy('evaluation')}"
                 )
+            limit = stage.parameters.get("training", {}).get("maxLength")
+            if role == "dataset" and limit is not None and leaves_no_row(found.splits[split], limit):
+                shortest = found.splits[split].prompts[0]
+                raise InputError(
+                    f"spec.stages[{index}].{stage.type}.training.maxLength: {limit} tokens leave no room for an answer "
+                    f'in any row of "{found.name}", whose shortest prompt has {shortest:,}. Raise it'
+                )
 
 
 def _need(stage: StageRecord, index: int, role: str) -> tuple[str, frozenset[str], Split, str]:
@@ -256,6 +264,8 @@ def notes(record: RunRecord, found: Findings) -> list[str]:
             labels = found.datasets[source.name.removeprefix("dataset/")].splits["train"].labels
             if (advice := labels.advice(parameters)) is not None:
                 said.append(f"{stage.name}: {advice}")
+        if (remark := _length_note(record, stage, found)) is not None:
+            said.append(f"{stage.name}: {remark}")
     for item in found.datasets.values():
         splits = ", ".join(f"{part.rows:,} {name}" for name, part in item.splits.items() if part.rows)
         bad = f", {item.bad:,} bad rows skipped" if item.bad else ""
@@ -268,6 +278,16 @@ def notes(record: RunRecord, found: Findings) -> list[str]:
     if any(stage.resources.gpus_per_node for stage in record.stages):
         said.append(f"about {sum(known):.2f} GPU-hours of training" if known else "GPU-hours: unknown")
     return said
+
+
+def _length_note(record: RunRecord, stage: StageRecord, found: Findings) -> str | None:
+    """Rows that the limit of a training stage cuts; raw text goes on in the next sequence and is never cut."""
+    limit = stage.parameters.get("training", {}).get("maxLength")
+    for role, item in _dataset_inputs(record, stage):
+        rows = found.datasets[item.name.removeprefix("dataset/")]
+        if role == "dataset" and limit is not None and rows.format != "text":
+            return length_note(rows.splits["train"], int(limit))
+    return None
 
 
 def to_plan(record: RunRecord, found: Findings) -> dict[str, Any]:

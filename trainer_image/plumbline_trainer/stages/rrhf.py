@@ -1,0 +1,37 @@
+"""Rank responses: likelihoods per token in the order of the ranks, and the best response imitated, no reference."""
+
+from __future__ import annotations
+
+from plumbline_api.training import Rrhf
+
+from plumbline_trainer.context import StageContext, StageOutput
+from plumbline_trainer.engine.distributed import joined_ranks
+from plumbline_trainer.engine.preference import RankedResponses
+from plumbline_trainer.engine.preference_run import load_preferences, open_run
+from plumbline_trainer.engine.scorer import prepare_modes
+from plumbline_trainer.engine.trained import save_policy, stage_parameters, weights_precision
+from plumbline_trainer.models.policy import load_policy
+
+
+def run(context: StageContext) -> StageOutput | None:
+    """Train on ranked responses; the loss is the mean over the rows of a step. Nothing is dropped at random."""
+    parameters, seed = stage_parameters(context, Rrhf)
+    with joined_ranks(context.rank, context.world_size, context.device) as ranks:
+        # Load
+        policy = load_policy(
+            context, context.input("model"), precision=weights_precision(parameters), device=context.device
+        )
+        rows = load_preferences(context, policy, parameters, "ranked")
+
+        # Build
+        run = open_run(context, ranks, policy, parameters, rows, seed)
+        run.resume()
+        prepare_modes(
+            run.scorer, adapter_dropout=False, gradient_checkpointing=parameters.training.gradient_checkpointing
+        )
+
+        # Loop
+        run.train(RankedResponses(sft_weight=parameters.sft_weight), rows.held_out)
+
+        # Save and report
+        return save_policy(context, run, policy, parameters.lora, rows.encoded)
