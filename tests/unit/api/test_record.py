@@ -37,11 +37,11 @@ def replaced(index: int, stage: dict[str, Any]) -> list[dict[str, Any]]:
 # Golden: these change only when a numerics version is raised or the fingerprint's definition changes, and then every
 # stage in every user's storage is computed anew. Never edit them for convenience.
 GOLDEN = {
-    "domain": "e70a02ddad712bbe782fdb51b6e5b8e43f41eca6b80c118e2826d62ee33eed30",
-    "sft": "1c9108066a3d2fedf28bb0e1208ef58dd09f4e9bce399aa29050f60eb149e920",
-    "dpo": "8dcffbebe7d7952c3662c0f696d02254b645a518986901be2881bd0ac98a460b",
-    "final": "34a74869b199767c341b0b805ec5ddb737e0b0b953e07264b096bb7322d0eb34",
-    "exam": "e107c8047ad4b65f99782ae72025dbb56d4ecf08276066cbac10a5d4d8c1d3c4",
+    "domain": "e7e7f36f997cab1124b29f09677a937c41c707b9aa889889e7dd34ee7cd16a8a",
+    "sft": "178aec5f6cd3dcf098dad3c1881445adf49ef0a18f895718d2d482da52cd40bf",
+    "dpo": "7e98532664e21eacff5a549b2a306ceaca53483c4418e8a177773dd3c8c8ad3c",
+    "final": "25fc8854dc1a394036090713876909d79b032555e689b68a30a38f989b6f4323",
+    "exam": "c8f0db2f6c8ea830eb6337205711e579aa07b05c8bc6b6caa4c576b0a66ebb26",
 }
 
 

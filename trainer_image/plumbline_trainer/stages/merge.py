@@ -8,7 +8,7 @@ from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.models.loading import torch_dtype
 from plumbline_trainer.models.merging import stored_weights, weights_digest
 from plumbline_trainer.models.policy import load_policy, policy_meta
-from plumbline_trainer.models.probing import KlProbe
+from plumbline_trainer.models.probing import LogitProbe
 from plumbline_trainer.models.saving import save_full
 
 
@@ -22,7 +22,7 @@ def run(context: StageContext) -> StageOutput | None:
 
     # Load
     context.progress.update(0, 3, "loading and merging")
-    probe = KlProbe()
+    probe = LogitProbe()
     policy = load_policy(context, context.input("model"), precision="chain", device="cpu", watch=probe)
     dtype = policy.storage_dtype if merge.storage_dtype == "auto" else merge.storage_dtype
 
@@ -41,10 +41,12 @@ def run(context: StageContext) -> StageOutput | None:
     for step in policy.lineage.adapters:
         metrics[f"lostPart.{step.name}"] = step.lost.ratio
         metrics[f"logitKl.{step.name}"] = probe.divergence[step.name]
+        metrics[f"logitDifference.{step.name}"] = probe.difference[step.name]
         metrics[f"unchangedShare.{step.name}"] = step.lost.unchanged_share
     totals = {
         "lostPart": max((step.lost.ratio for step in policy.lineage.adapters), default=0.0),
         "logitKl": max(probe.divergence.values(), default=0.0),
+        "logitDifference": max(probe.difference.values(), default=0.0),
         "adapters": float(len(policy.lineage.adapters)),
         "parameters": float(sum(weight.numel() for weight in weights.values())),
     }

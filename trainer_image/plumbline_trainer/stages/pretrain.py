@@ -39,7 +39,7 @@ def run(context: StageContext) -> StageOutput | None:
         report_rows(context, encoded, "training rows")
 
         # Build
-        scorer = Scorer(make_trainable(policy, lora, seed), precision=training.precision)
+        scorer = Scorer(make_trainable(policy, lora, seed, freeze=parameters.freeze), precision=training.precision)
         plan = plan_steps(
             [row.row_id for row in encoded.rows],
             seed=seed,
