@@ -76,6 +76,22 @@ def test_a_wrong_length_of_rows_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
     assert choose_path(scorer, ROWS, trained, tokens=4096, ranks=Ranks()).path == "plain"
 
 
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_stays_near_float32(style: Style, kind: str) -> None:
+    """Both paths run on a frozen bfloat16 base; norms and embeddings may be float32 among its weights."""
+    made = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_model(style, seed=1).bfloat16().to(dtype)
+        attach_and_move(model, lora_of(kind, style), 2)
+        made.append(Scorer(model, precision=str(dtype).removeprefix("torch.")))
+    exact, _ = measure(made[0], "plain")
+    for path in ("fast", "plain"):
+        found, gradients = measure(made[1], path)
+        assert (found - exact).norm() <= 0.05 * exact.norm()
+        assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values())
+
+
 def test_row_lengths_from_the_factors() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, a, b = (torch.randn(shape, generator=generator) for shape in ((30, 50), (4, 50), (30, 4)))

@@ -29,6 +29,13 @@ from support.training_data import training_run
 
 STAGES = {"dpo": dpo, "pretrain": pretrain, "sft": sft}
 LORA = {"rank": 4, "dropout": 0.1}
+EVERYTHING = {
+    "rank": 4,
+    "dropout": 0.1,
+    "rsLora": True,
+    "dora": True,
+    "modulesToSave": ["embed_tokens", "lm_head", "norm"],
+}
 
 
 def digest_of(folder: Path) -> str:
@@ -74,7 +81,15 @@ class TestInProcess:
 
     @pytest.mark.parametrize(
         ("type_", "lora", "every"),
-        [("sft", LORA, 2), ("sft", None, 3), ("dpo", {"rank": 4}, 2), ("pretrain", LORA, 5), ("dpo", None, 4)],
+        [
+            ("sft", LORA, 2),
+            ("sft", None, 3),
+            ("dpo", {"rank": 4}, 2),
+            ("pretrain", LORA, 5),
+            ("dpo", None, 4),
+            ("sft", EVERYTHING, 2),
+            ("dpo", EVERYTHING | {"dropout": 0.0}, 4),
+        ],
     )
     def test_killed_at_any_step(
         self, tmp_path: Path, type_: str, lora: Any, every: int, monkeypatch: pytest.MonkeyPatch

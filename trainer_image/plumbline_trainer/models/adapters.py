@@ -69,7 +69,19 @@ def attach_lora(model: Any, lora: Lora, seed: int, freeze: Freeze | None = None)
     for name, module in modules.items():  # In the model's order, so that a tied weight keeps its first name.
         if name in chosen.saved:
             _train_whole(module)
+    if chosen.saved:
+        _widen_vectors(model)
     return model
+
+
+def _widen_vectors(model: nn.Module) -> None:
+    """Hold norms as float32, which changes no value: a residual stream that starts at float32 embeddings is float32,
+    and layer norms refuse weights that are narrower than their input."""
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if own and all(parameter.ndim == 1 for parameter in own):
+            for parameter in own:
+                parameter.data = parameter.data.float()
 
 
 def _row_lengths(layer: Any, name: str) -> Tensor:

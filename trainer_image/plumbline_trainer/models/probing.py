@@ -81,25 +81,54 @@ def adapter_on(model: nn.Module, adapter: Adapter) -> Iterator[None]:
 
 def _adding(delta: Delta) -> Any:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        with torch.autocast(output.device.type, enabled=False):
-            hidden = inputs[0].to(delta.a.dtype)
-            change = (hidden @ delta.a.T) @ delta.b.T * delta.scale
-            if delta.magnitude is None:
-                return output + change.to(output.dtype)
-            weight = cast(Tensor, module.weight).to(delta.a.dtype)
-            moved = (weight.T if delta.transposed else weight) + delta.scale * delta.b @ delta.a
-            bias = cast("Tensor | None", module.bias)
-            bias = torch.zeros((), dtype=delta.a.dtype) if bias is None else bias.to(delta.a.dtype)
-            found = (output - bias + change) * (delta.magnitude / moved.norm(dim=1)) + bias
-            return found.to(output.dtype)
+        hidden = inputs[0].to(delta.a.dtype)
+        change = (hidden @ delta.a.T) @ delta.b.T * delta.scale
+        if delta.magnitude is None:
+            return output + change.to(output.dtype)
+        weight = cast(Tensor, module.weight).to(delta.a.dtype)
+        moved = (weight.T if delta.transposed else weight) + delta.scale * delta.b @ delta.a
+        bias = cast("Tensor | None", module.bias)
+        bias = torch.zeros((), dtype=delta.a.dtype) if bias is None else bias.to(delta.a.dtype)
+        found = (output - bias + change) * (delta.magnitude / moved.norm(dim=1)) + bias
+        return found.to(output.dtype)
 
     return hook
 
 
 @torch.no_grad()
 def probe_logits(model: Any, ids: Tensor) -> Tensor:
-    """Logits at every position: [T, V] float32. A bfloat16 model may hold some float32 weights, as in training."""
-    rounded = any(weight.dtype is torch.bfloat16 for weight in model.parameters())
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=rounded):
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0].float()
-    return logits
+    """Logits at every position: [T, V] float32, computed in float32 whatever the weights are stored as.
+
+    Activations in bfloat16 would add differences of their own, larger than those of the weights.
+    """
+    with _in_float32(model):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    return logits.float()
+
+
+@contextmanager
+def _in_float32(model: nn.Module) -> Iterator[None]:
+    """Every module computes in float32 while this is open; the copies of its weights live as long as its call."""
+    kept: dict[nn.Module, list[tuple[nn.Parameter, Tensor]]] = {}
+
+    def before(module: nn.Module, _inputs: Any) -> None:
+        own = [(weight, weight.data) for weight in module.parameters(recurse=False) if weight.is_floating_point()]
+        kept[module] = own
+        for weight, data in own:
+            weight.data = data.float()
+
+    def after(module: nn.Module, _inputs: Any, _output: Any) -> None:
+        for weight, data in kept.pop(module, []):
+            weight.data = data
+
+    handles = [
+        handle
+        for module in model.modules()
+        if any(weight.dtype is not torch.float32 for weight in module.parameters(recurse=False))
+        for handle in (module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -95,7 +95,9 @@ def _training_memory(parameters: TrainingStage, training: Training, facts: Model
     width = 2 if training.precision == "bfloat16" else 4
     if parameters.lora is not None:
         lora = parameters.lora
-        trainable = lora_parameters(lora.rank, lora.targets, facts) + whole_parameters(lora.modules_to_save or [], facts)
+        trainable = lora_parameters(lora.rank, lora.targets, facts) + whole_parameters(
+            lora.modules_to_save or [], facts
+        )
         # Four bits and the scale of every 64 weights.
         frozen = facts.parameters * width if lora.quantization is None else round(facts.parameters * 0.56)
         weights = frozen + 16 * trainable
