@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from plumbline_api.artifacts import ArtifactKind
 from plumbline_api.pipeline import PipelineSpec
-from plumbline_api.stages import STAGE_TYPES, SUITE_FORMATS, Stage
+from plumbline_api.stages import BASED_METHODS, STAGE_TYPES, SUITE_FORMATS, Merge, Stage
 
 BASE_MODEL = ""
 """Stands for spec.model where a stage starts from no other stage."""
@@ -18,7 +18,7 @@ class Reference:
     """A name that a stage uses for an input."""
 
     role: str
-    """`model`, `reference`, `baseline`, `dataset` or `suites.N.dataset`."""
+    """`model`, `models.N`, `base`, `reference`, `baseline`, `dataset` or `suites.N.dataset`."""
     field: str
     """Path of the field below `spec.`."""
     target: str
@@ -50,8 +50,11 @@ def start_of(spec: PipelineSpec, index: int) -> str:
 
 
 def references(spec: PipelineSpec, index: int) -> Iterator[Reference]:
-    """Every input that a stage names or implies, the policy first."""
+    """Every input that a stage names or implies, the policy first (or the policies, where it merges several)."""
     stage = spec.stages[index]
+    if stage.merge is not None and stage.merge.method is not None:
+        yield from _merged_models(stage.merge, f"spec.stages[{index}].merge")
+        return
     kind, value, here = STAGE_TYPES[stage.type], stage.value, f"spec.stages[{index}]"
     yield Reference("model", f"{here}.model", start_of(spec, index), ArtifactKind.POLICY, implied=stage.model is None)
     if kind.dataset_formats is not None:
@@ -78,6 +81,16 @@ def references(spec: PipelineSpec, index: int) -> Iterator[Reference]:
                 SUITE_FORMATS[suite.choice],
                 split=suite.value.split,
             )
+
+
+def _merged_models(merge: Merge, here: str) -> Iterator[Reference]:
+    """The models in declared order, and the base where the method counts changes from one."""
+    for number, model in enumerate(merge.models or []):
+        target = BASE_MODEL if model.stage is None else model.stage
+        yield Reference(f"models.{number}", f"{here}.models[{number}].stage", target, ArtifactKind.POLICY)
+    if merge.method in BASED_METHODS:
+        target = BASE_MODEL if merge.base is None else merge.base
+        yield Reference("base", f"{here}.base", target, ArtifactKind.POLICY, implied=merge.base is None)
 
 
 def dependencies(spec: PipelineSpec, index: int) -> list[str]:

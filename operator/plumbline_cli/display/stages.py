@@ -18,7 +18,7 @@ KEY_FIGURES: dict[str, tuple[str, ...]] = {
     "pretrain": ("evalLoss", "loss"),
     "sft": ("evalLoss", "loss"),
     "dpo": ("evalRewardAccuracy", "rewardAccuracy", "loss", "rewardMargin"),
-    "merge": ("lostPart", "logitKl"),
+    "merge": ("lostPart", "logitKl", "signConflicts"),
     "evaluate": ("winRate", "preferenceAccuracy", "perplexity"),
 }
 """Figures of a stage that are shown on its line, by type, most telling first."""

@@ -14,6 +14,7 @@ from plumbline_api.record import RunRecord, fingerprints
 from plumbline_api.resolve import resolve
 from plumbline_api.runtime import AlignmentRuntime
 from plumbline_api.stagerun import STAGE_RESULT_MAX_BYTES, PreflightFindings, StageResult, StageRun
+from plumbline_api.stages import Merge
 from plumbline_api.training import Sft
 from support.pipelines import STAGES, pipeline_body, runtime_body
 
@@ -76,6 +77,70 @@ def test_seed_and_data_change_fingerprints() -> None:
     record = record_of(pipeline_body())
     changed = fingerprints(record, ["a" * 64, "b" * 64, "e" * 64, "d" * 64])
     assert [n for n, f in changed.items() if f != GOLDEN[n]] == ["sft", "dpo", "final", "exam"]
+
+
+class TestMergeOfModels:
+    """A stage with several policies: roles in order, weights and names in the fingerprint as they should."""
+
+    def blend(self, *models: dict[str, Any], **fields: Any) -> RunRecord:
+        stage = {"name": "blend", "merge": {"method": "ties", "models": list(models)} | fields}
+        return record_of(pipeline_body(stages=[*STAGES[:3], stage, STAGES[3]]))
+
+    def print_of(self, *models: dict[str, Any], **fields: Any) -> str:
+        return fingerprints(self.blend(*models, **fields), DIGESTS)["blend"]
+
+    def test_inputs_and_parameters(self) -> None:
+        record = self.blend({"stage": "sft"}, {"stage": "dpo", "weight": 2})
+        stage = record.stage("blend")
+        assert [(ref.role, ref.stage, ref.external) for ref in stage.inputs] == [
+            ("models.0", "sft", None),
+            ("models.1", "dpo", None),
+            ("base", None, 0),
+        ]
+        assert stage.depends_on == ["sft", "dpo"]
+        parameters = dict(stage.parameters)
+        assert parameters.pop("seed") == 0
+        assert (parameters["density"], parameters["scale"]) == (0.2, 1.0)
+        assert Merge.model_validate(parameters).models is not None
+        assert record.stage("final").inputs[0].stage == "blend"
+
+    def test_a_model_without_a_stage_is_the_pipelines(self) -> None:
+        record = self.blend({"stage": "sft"}, {}, method="linear")
+        assert [(ref.role, ref.stage, ref.external) for ref in record.stage("blend").inputs] == [
+            ("models.0", "sft", None),
+            ("models.1", None, 0),
+        ]
+
+    def test_order_weights_method_density_and_base_are_work(self) -> None:
+        one, two = {"stage": "sft"}, {"stage": "dpo"}
+        found = [
+            self.print_of(one, two),
+            self.print_of(two, one),
+            self.print_of(one, two | {"weight": 2}),
+            self.print_of(one | {"weight": 2}, two),
+            self.print_of(one, two, density=0.5),
+            self.print_of(one, two, method="dareTies"),
+            self.print_of(one, two, base="domain"),
+            self.print_of(one, two, method="linear"),
+        ]
+        assert len(set(found)) == len(found)
+
+    def test_a_default_that_is_written_out_is_the_same_work(self) -> None:
+        one, two = {"stage": "sft"}, {"stage": "dpo"}
+        assert self.print_of(one, two) == self.print_of(one, two, density=0.2, scale=1.0)
+
+    def test_names_are_not_work(self) -> None:
+        stages = [
+            {**STAGES[0], "name": "other"},
+            {**STAGES[1], "name": "sft-2"},
+            {**STAGES[2], "name": "dpo-2"},
+            {
+                "name": "mix",
+                "merge": {"method": "ties", "models": [{"stage": "sft-2"}, {"stage": "dpo-2"}], "base": "other"},
+            },
+        ]
+        found = fingerprints(record_of(pipeline_body(stages=stages)), DIGESTS)
+        assert found["mix"] == self.print_of({"stage": "sft"}, {"stage": "dpo"}, base="domain")
 
 
 def test_an_uncached_stage_is_its_pipelines_own() -> None:

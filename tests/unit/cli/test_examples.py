@@ -25,7 +25,7 @@ def test_support_assistant_fits_the_runtime_beside_it_and_a_cluster():
     assert [str(finding) for finding in findings] == []
 
 
-@pytest.mark.parametrize("name", ["01-quickstart", "03-tiny"])
+@pytest.mark.parametrize("name", ["01-quickstart", "03-tiny", "07-merging"])
 def test_data_named_by_a_manifest_are_there(name):
     folder = EXAMPLES / name
     [document] = read_documents(str(folder / "pipeline.yaml"))

@@ -9,31 +9,17 @@ import pytest
 import torch
 from plumbline_api.errors import InputError
 from plumbline_api.stages import Merge
-from plumbline_api.training import Lora
 from plumbline_trainer.context import StageOutput
-from plumbline_trainer.models import adapters, merging
+from plumbline_trainer.models import merging
 from plumbline_trainer.models.loading import load_base
-from plumbline_trainer.models.policy import digest_with, load_policy, policy_meta
+from plumbline_trainer.models.policy import load_policy
 from plumbline_trainer.storage.manifests import commit_output
 from safetensors.torch import load_file, save_file
 from support import tiny, trainer
-from support.adapted import attach_and_move, lora_of
+from support.adapted import lora_of
+from support.chains import LORA, train_by_hand
 
 torch.set_num_threads(1)
-LORA = Lora(rank=4, alpha=8.0)
-
-
-def train_by_hand(folder, name, source, *, seed, size=0.02, type_="sft", lora=LORA):
-    """Commit an adapter on what `source` stands for, as a training stage does; its run."""
-    run = trainer.stage_run(folder, type_, inputs=[source], parameters={"seed": seed}, stage=name)
-    context = trainer.stage_context(folder / name, run)
-    policy = load_policy(context, source, precision="float32", device="cpu")
-    attach_and_move(policy.model, lora, seed, size)
-    adapters.save_adapter(policy.model, lora, context.scratch / "output")
-    digest = digest_with(policy, adapters.adapter_of(policy.model, lora))
-    meta = policy_meta(policy, form="adapter", merged=None if digest is None else digest[0])
-    commit_output(context, StageOutput(context.scratch / "output", "policy", meta))
-    return run
 
 
 def chain_of_three(folder, loras=(LORA, LORA, LORA), **model):

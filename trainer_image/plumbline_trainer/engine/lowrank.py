@@ -98,7 +98,8 @@ def row_lengths(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     own = torch.linalg.vector_norm(weight, dim=1).square()
     mixed = ((weight @ a.t()) * b).sum(dim=1)
     change = ((b @ (a @ a.t())) * b).sum(dim=1)
-    return (own + 2 * scale * mixed + scale**2 * change).sqrt()
+    squares: Tensor = own + 2 * scale * mixed + scale**2 * change
+    return squares.sqrt()
 
 
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

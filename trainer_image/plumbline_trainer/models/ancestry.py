@@ -13,8 +13,8 @@ from plumbline_trainer.storage.manifests import read_manifest
 if TYPE_CHECKING:
     from plumbline_trainer.context import StageContext
 
-TRAINING_ROLES = frozenset({"model", "dataset", "reference"})
-"""Roles of inputs that shape weights; what an evaluation reads shapes none."""
+TRAINING_ROLES = frozenset({"model", "models", "base", "dataset", "reference"})
+"""Roles of inputs that shape weights, without their numbers; what an evaluation reads shapes none."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ def trace(context: StageContext, item: StageInput) -> Ancestry:
         if read is None:
             continue
         for parent in read[0].parents:
-            if parent.role in TRAINING_ROLES:
+            if parent.role.partition(".")[0] in TRAINING_ROLES:
                 kind = "dataset" if parent.kind == "dataset" else "policy"
                 below = StageInput(
                     role=parent.role,

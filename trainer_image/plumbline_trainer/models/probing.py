@@ -90,7 +90,8 @@ def _adding(delta: Delta) -> Any:
         bias = cast("Tensor | None", module.bias)
         bias = torch.zeros((), dtype=delta.a.dtype) if bias is None else bias.to(delta.a.dtype)
         found = (output - bias + change) * (delta.magnitude / moved.norm(dim=1)) + bias
-        return found.to(output.dtype)
+        result: Tensor = found.to(output.dtype)
+        return result
 
     return hook
 

@@ -8,6 +8,7 @@ The refusals are tested everywhere. What runs on CUDA has not been run on a GPU 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +61,7 @@ def quantize(policy: Policy, kind: str) -> None:
     refuse_without_package(field)
     device = policy.model.device
     refuse_without_device(field, cuda=device.type == "cuda" and torch.cuda.is_available())
-    import bitsandbytes
-
+    bitsandbytes: Any = importlib.import_module(PACKAGE)
     model: Any = policy.model
     head = model.get_output_embeddings()
     linear = [name for name, module in model.named_modules() if type(module) is nn.Linear and module is not head]

@@ -117,6 +117,12 @@ def _inference_memory(stage: StageRecord, facts: ModelFacts) -> int:
     if stage.type == "merge":
         # The merged weights in their stored type, one matrix at a time in float64.
         stored = 2 if facts.storage_dtype == "bfloat16" else 4
+        if "method" in stage.parameters:
+            # One model, and of the embeddings every model's copy, the result and TIES' changes in float64.
+            largest = facts.vocabulary * facts.hidden
+            return round(
+                RUNTIME_BYTES + facts.parameters * stored + largest * (stored * (len(stage.inputs) + 1) + 2 * 8)
+            )
         return round(
             RUNTIME_BYTES + facts.parameters * stored + 3 * 8 * facts.hidden * max(facts.intermediate, facts.hidden)
         )

@@ -13,6 +13,9 @@ from plumbline_trainer.report.curves import Figure, draw_curves
 from plumbline_trainer.report.facts import RunFacts, StageFacts
 from plumbline_trainer.report.figures import Finding, Value, find, tabulate
 
+LOST_PART_WARNING = 0.3
+"""As in `models.merging`, which needs torch."""
+
 TEMPLATES = Path(__file__).parent / "templates"
 ANSWERS_OPEN = 6
 """Answers that are shown at once; the rest folds away."""
@@ -198,7 +201,7 @@ def _base(facts: RunFacts) -> dict[str, Any]:
 
 def _stage_row(facts: RunFacts, stage: StageFacts) -> dict[str, Any]:
     outcome = stage.outcome
-    source = next((ref for ref in stage.record.inputs if ref.role == "model"), None)
+    sources = [ref for ref in stage.record.inputs if ref.role.partition(".")[0] in ("model", "models")]
     data = next((ref for ref in stage.record.inputs if ref.role == "dataset"), None)
     lora = stage.record.parameters.get("lora")
     what = []
@@ -207,7 +210,8 @@ def _stage_row(facts: RunFacts, stage: StageFacts) -> dict[str, Any]:
         name = facts.record.external_inputs[data.external].name.removeprefix("dataset/")
         what.append(f"{words.number(rows)} rows of {name}" if rows is not None else name)
     if lora:
-        what.append(f"LoRA rank {lora['rank']}")
+        what.append(f"{'DoRA' if lora.get('dora') else 'LoRA'} rank {lora['rank']}")
+        what += [f"{', '.join(lora['modulesToSave'])} whole"] if lora.get("modulesToSave") else []
     elif data is not None:
         what.append("all weights")
     if (steps := stage.metrics.get("steps")) is not None:
@@ -225,7 +229,7 @@ def _stage_row(facts: RunFacts, stage: StageFacts) -> dict[str, Any]:
         "seconds": None if outcome is None or outcome.cached else outcome.seconds,
         "gpu_seconds": None if outcome is None else outcome.gpu_seconds,
         "tokens": None if stage.manifest is None else stage.manifest.tokens,
-        "source": None if source is None else source.stage or "base",
+        "source": " + ".join(ref.stage or "base" for ref in sources) or None,
         "what": ", ".join(what),
         "yields_policy": stage.yields_policy,
     }
@@ -364,9 +368,12 @@ def _checks(facts: RunFacts, findings: list[Finding]) -> list[tuple[str, str]]:
     if findings and not any(finding.in_sample for finding in findings):
         checks.append(("good", "No judge and no measured row took part in training."))
     for stage in facts.stages:
+        if (method := stage.record.parameters.get("method")) is not None and stage.succeeded:
+            checks.append(_blend(stage, str(method)))
+            continue
         lost = stage.metrics.get("lostPart")
         if lost is not None and stage.record.type == "merge":
-            tone = "bad" if lost > 0.3 else "good"
+            tone = "bad" if lost > LOST_PART_WARNING else "good"
             divergence = words.number(stage.metrics.get("logitKl"))
             said = (
                 f"Merging kept {1 - lost:.1%} of every change: {divergence} nats per token between adapter and merged."
@@ -384,6 +391,21 @@ def _checks(facts: RunFacts, findings: list[Finding]) -> list[tuple[str, str]]:
                 ("open", f"{finding.label}: {cut} rows were cut and {dropped} left out, too long for the model.")
             )
     return list(dict.fromkeys(checks))
+
+
+def _blend(stage: StageFacts, method: str) -> tuple[str, str]:
+    """What merging several models did to their predictions."""
+    models = sorted(name.partition(".")[2] for name in stage.metrics if name.startswith("logitKl."))
+    apart = ", ".join(f"{words.number(stage.metrics[f'logitKl.{name}'])} from {name}" for name in models)
+    lost = stage.metrics.get("lostPart", 0.0)
+    said = f"Merging {len(models)} models by {method}: predictions differ by {apart} (nats per token)."
+    if (conflicts := stage.metrics.get("signConflicts")) is not None:
+        said += f" At {words.percent(conflicts)} of the changed weights they pull in opposite directions."
+    if straight := stage.metrics.get("straightTensors"):
+        said += f" {words.number(straight)} tensors are nearly parallel or zero and were averaged."
+    if lost > LOST_PART_WARNING:
+        said += f" Rounding took {words.percent(lost)} of the change: set merge.storageDtype to float32."
+    return "bad" if lost > LOST_PART_WARNING else "good", said
 
 
 def _leak(leak: Any) -> str:
