@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from plumbline_api.errors import InputError
 
+from plumbline_trainer.models.loading import torch_dtype
+
 if TYPE_CHECKING:
     from plumbline_trainer.models.policy import Policy
 
@@ -73,7 +75,7 @@ def quantize(policy: Policy, kind: str) -> None:
             old.in_features,
             old.out_features,
             bias=old.bias is not None,
-            compute_dtype=torch.bfloat16,
+            compute_dtype=torch_dtype(policy.precision),
             compress_statistics=True,
             quant_type="nf4",
         )

@@ -12,9 +12,7 @@ from plumbline_trainer.report import words
 from plumbline_trainer.report.curves import Figure, draw_curves
 from plumbline_trainer.report.facts import RunFacts, StageFacts
 from plumbline_trainer.report.figures import Finding, Value, find, tabulate
-
-LOST_PART_WARNING = 0.3
-"""As in `models.merging`, which needs torch."""
+from plumbline_trainer.report.merges import describe_merge
 
 TEMPLATES = Path(__file__).parent / "templates"
 ANSWERS_OPEN = 6
@@ -368,17 +366,8 @@ def _checks(facts: RunFacts, findings: list[Finding]) -> list[tuple[str, str]]:
     if findings and not any(finding.in_sample for finding in findings):
         checks.append(("good", "No judge and no measured row took part in training."))
     for stage in facts.stages:
-        if (method := stage.record.parameters.get("method")) is not None and stage.succeeded:
-            checks.append(_blend(stage, str(method)))
-            continue
-        lost = stage.metrics.get("lostPart")
-        if lost is not None and stage.record.type == "merge":
-            tone = "bad" if lost > LOST_PART_WARNING else "good"
-            divergence = words.number(stage.metrics.get("logitKl"))
-            said = (
-                f"Merging kept {1 - lost:.1%} of every change: {divergence} nats per token between adapter and merged."
-            )
-            checks.append((tone, said))
+        if (said := describe_merge(stage)) is not None:
+            checks.append(said)
     for item in _datasets(facts):
         if item["bad"]:
             checks.append(
@@ -391,21 +380,6 @@ def _checks(facts: RunFacts, findings: list[Finding]) -> list[tuple[str, str]]:
                 ("open", f"{finding.label}: {cut} rows were cut and {dropped} left out, too long for the model.")
             )
     return list(dict.fromkeys(checks))
-
-
-def _blend(stage: StageFacts, method: str) -> tuple[str, str]:
-    """What merging several models did to their predictions."""
-    models = sorted(name.partition(".")[2] for name in stage.metrics if name.startswith("logitKl."))
-    apart = ", ".join(f"{words.number(stage.metrics[f'logitKl.{name}'])} from {name}" for name in models)
-    lost = stage.metrics.get("lostPart", 0.0)
-    said = f"Merging {len(models)} models by {method}: predictions differ by {apart} (nats per token)."
-    if (conflicts := stage.metrics.get("signConflicts")) is not None:
-        said += f" At {words.percent(conflicts)} of the changed weights they pull in opposite directions."
-    if straight := stage.metrics.get("straightTensors"):
-        said += f" {words.number(straight)} tensors are nearly parallel or zero and were averaged."
-    if lost > LOST_PART_WARNING:
-        said += f" Rounding took {words.percent(lost)} of the change: set merge.storageDtype to float32."
-    return "bad" if lost > LOST_PART_WARNING else "good", said
 
 
 def _leak(leak: Any) -> str:
