@@ -14,7 +14,7 @@ from plumbline_api.names import IMPLICIT_STAGES
 from plumbline_api.pipeline import AlignmentPipeline, Dataset, PipelineSpec, Storage
 from plumbline_api.quantities import parse_quantity
 from plumbline_api.runtime import AlignmentRuntime
-from plumbline_api.stages import STAGE_TYPES
+from plumbline_api.stages import BASED_METHODS, MERGE_DEFAULTS, STAGE_TYPES
 from plumbline_api.training import Training
 
 Place = Literal["cluster", "local", "anywhere"]
@@ -36,7 +36,8 @@ def check(
     spec = pipeline.spec
     problems = [*_check_names(spec)]
     if not problems:
-        problems += [*_check_references(spec), *_check_training_splits(spec), *_check_evaluation_splits(spec)]
+        problems += [*_check_references(spec), *_check_merges(spec)]
+        problems += [*_check_training_splits(spec), *_check_evaluation_splits(spec)]
     if not problems and (cycle := find_cycle(spec)) is not None:
         index = next(i for i, stage in enumerate(spec.stages) if stage.name == cycle[0])
         problems.append(Problem(f"spec.stages[{index}]", f"the stages form a cycle: {' → '.join(cycle)}"))
@@ -117,6 +118,47 @@ def _check_dataset(
             f'"{ref.target}" has no {ref.split} split. Set spec.datasets[{position}].split.{ref.split} (such as 0.1), '
             f"or spec.datasets[{position}].role to test if no stage trains on it",
         )
+
+
+def _check_merges(spec: PipelineSpec) -> Iterator[Problem]:
+    """Fields of a merge that its method does not read, and models that cannot be merged with one another."""
+    for index, stage in enumerate(spec.stages):
+        merge, here = stage.merge, f"spec.stages[{index}].merge"
+        if merge is None:
+            continue
+        set_fields = [name for name in ("models", "base", "t", "density", "scale") if getattr(merge, name) is not None]
+        if merge.method is None:
+            if set_fields:
+                methods = ", ".join(MERGE_DEFAULTS)
+                yield Problem(f"{here}.method", f"is needed beside {', '.join(set_fields)}. Methods: {methods}")
+            continue
+        takes = {"models", *MERGE_DEFAULTS[merge.method], *(["base"] if merge.method in BASED_METHODS else [])}
+        for name in set_fields:
+            if name not in takes:
+                others = [other for other in MERGE_DEFAULTS if name in MERGE_DEFAULTS[other]] or sorted(BASED_METHODS)
+                yield Problem(
+                    f"{here}.{name}", f"{merge.method} does not read it; leave it out, or choose {' or '.join(others)}"
+                )
+        if stage.model is not None:
+            yield Problem(f"spec.stages[{index}].model", f"{merge.method} merges what merge.models names; leave it out")
+        models = merge.models or []
+        if not models:
+            yield Problem(f"{here}.models", f"{merge.method} needs two or more models, such as {{stage: sft}}")
+        elif merge.method == "slerp" and len(models) != 2:
+            yield Problem(f"{here}.models", f"slerp takes two models, {len(models)} are named. For more use linear")
+        elif merge.method == "slerp" and any(model.weight != 1 for model in models):
+            yield Problem(f"{here}.models", "slerp does not read weight; set t, from 0 (the first) to 1 (the second)")
+        seen: set[str | None] = set()
+        for number, model in enumerate(models):
+            if model.stage in seen:
+                name = "spec.model" if model.stage is None else f'"{model.stage}"'
+                yield Problem(f"{here}.models[{number}].stage", f"{name} is named twice; give it one larger weight")
+            seen.add(model.stage)
+            if merge.method in BASED_METHODS and model.stage == merge.base:
+                yield Problem(
+                    f"{here}.models[{number}].stage",
+                    "is the base itself: it holds no changes. Leave it out, or use linear",
+                )
 
 
 def _check_training_splits(spec: PipelineSpec) -> Iterator[Problem]:

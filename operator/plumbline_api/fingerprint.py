@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-REFERENCE_FIELDS = frozenset({"dataset", "reference", "baseline", "source", "stage"})
+REFERENCE_FIELDS = frozenset({"dataset", "reference", "baseline", "source", "stage", "base"})
 """Fields that name an input. Inputs enter a fingerprint by their content, so that a new name is not new work."""
 OPERATIONAL_FIELDS = frozenset({"checkpointEverySteps"})
 """Fields that change how a stage is run but no bit of what it yields."""

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 from plumbline_api.artifacts import ArtifactKind
 from plumbline_api.pipeline import PipelineSpec
-from plumbline_api.stages import REHEARSAL_FORMATS, STAGE_TYPES, SUITE_FORMATS, Stage, yields_of
+from plumbline_api.stages import (
+    BASED_METHODS,
+    REHEARSAL_FORMATS,
+    STAGE_TYPES,
+    SUITE_FORMATS,
+    Merge,
+    Stage,
+    yields_of,
+)
 from plumbline_api.training import LikelihoodStage
 
 BASE_MODEL = ""
@@ -19,7 +27,7 @@ class Reference:
     """A name that a stage uses for an input."""
 
     role: str
-    """`model`, `reference`, `baseline`, `dataset`, `rehearsal.N.dataset`, `ewc.dataset`, `suites.N.dataset` or `suites.N.judge`."""
+    """`model`, `models.N`, `base`, `reference`, `baseline`, `dataset`, `rehearsal.N.dataset`, `ewc.dataset`, `suites.N.dataset` or `suites.N.judge`."""
     field: str
     """Path of the field below `spec.`."""
     target: str
@@ -51,8 +59,11 @@ def start_of(spec: PipelineSpec, index: int) -> str:
 
 
 def references(spec: PipelineSpec, index: int) -> Iterator[Reference]:
-    """Every input that a stage names or implies, the policy first."""
+    """Every input that a stage names or implies, the policy first (or the policies, where it merges several)."""
     stage = spec.stages[index]
+    if stage.merge is not None and stage.merge.method is not None:
+        yield from _merged_models(stage.merge, f"spec.stages[{index}].merge")
+        return
     kind, value, here = STAGE_TYPES[stage.type], stage.value, f"spec.stages[{index}]"
     yield Reference("model", f"{here}.model", start_of(spec, index), ArtifactKind.POLICY, implied=stage.model is None)
     if kind.dataset_formats is not None:
@@ -103,6 +114,16 @@ def references(spec: PipelineSpec, index: int) -> Iterator[Reference]:
                     suite.win_rate.judge.stage,
                     ArtifactKind.REWARD_MODEL,
                 )
+
+
+def _merged_models(merge: Merge, here: str) -> Iterator[Reference]:
+    """The models in declared order, and the base where the method counts changes from one."""
+    for number, model in enumerate(merge.models or []):
+        target = BASE_MODEL if model.stage is None else model.stage
+        yield Reference(f"models.{number}", f"{here}.models[{number}].stage", target, ArtifactKind.POLICY)
+    if merge.method in BASED_METHODS:
+        target = BASE_MODEL if merge.base is None else merge.base
+        yield Reference("base", f"{here}.base", target, ArtifactKind.POLICY, implied=merge.base is None)
 
 
 def dependencies(spec: PipelineSpec, index: int) -> list[str]:

@@ -13,7 +13,7 @@ from plumbline_api.pipeline import AlignmentPipeline, Dataset, Storage
 from plumbline_api.quantities import parse_duration
 from plumbline_api.record import ExternalInput, InputRef, PipelineIdentity, RunRecord, StageRecord
 from plumbline_api.runtime import AlignmentRuntime
-from plumbline_api.stages import STAGE_TYPES, Stage
+from plumbline_api.stages import MERGE_DEFAULTS, STAGE_TYPES, Stage
 from plumbline_api.training import DEFAULT_LEARNING_RATES
 
 
@@ -148,6 +148,8 @@ def _effective_parameters(stage: Stage, *, seed: int, accelerated: bool) -> dict
             training["precision"] = precision
     if parameters.get("precision") == "auto":
         parameters["precision"] = precision
+    if stage.merge is not None and stage.merge.method is not None:
+        parameters = MERGE_DEFAULTS[stage.merge.method] | parameters
     if "lora" in parameters:
         parameters["lora"].setdefault("alpha", 2.0 * parameters["lora"]["rank"])
     return parameters

@@ -19,7 +19,7 @@ from plumbline_api.artifacts import (
 )
 from plumbline_api.base import Contract, Duration, Name, OneOf, Quantity
 from plumbline_api.evaluation import Evaluate, Gate
-from plumbline_api.training import Cpo, Dpo, Kto, Orpo, Pretrain, RewardModel, Rrhf, Sft, Simpo
+from plumbline_api.training import Cpo, Dpo, Kto, Orpo, Pretrain, RewardModel, Rrhf, Sft, Share, Simpo
 
 
 class Resources(Contract):
@@ -35,9 +35,30 @@ class Resources(Contract):
     """Memory request and limit per pod. Absent: the runtime's."""
 
 
-class Merge(Contract):
-    """Merge a chain of adapters into full weights in Hugging Face layout, one rounding per delta."""
+class MergeModel(Contract):
+    """One of several models that are merged."""
 
+    stage: Name | None = None
+    """Stage whose policy takes part. Absent: spec.model."""
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Its share; the weights of all models are divided by their sum."""
+
+
+class Merge(Contract):
+    """Write full weights in Hugging Face layout: of a chain of adapters, one rounding per delta, or of several models."""
+
+    method: Literal["linear", "slerp", "ties", "dareLinear", "dareTies"] | None = None
+    """How several models become one, weight by weight. Absent: the chain of adapters of one policy."""
+    models: Annotated[list[MergeModel], Field(min_length=2, max_length=16)] | None = None
+    """The models, for a method."""
+    base: Name | None = None
+    """ties, dare: stage whose policy changes are counted from. Absent: spec.model."""
+    t: Share | None = None
+    """slerp: place between the first model (0) and the second (1). Absent: 0.5."""
+    density: Annotated[float, Field(gt=0, le=1)] | None = None
+    """ties, dare: share of each model's changes that is kept. Absent: 0.2 for ties, 0.5 for dare."""
+    scale: Annotated[float, Field(gt=0, le=100)] | None = None
+    """ties, dare: factor on the merged change. Absent: 1."""
     storage_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the written weights. auto: the type the chain was trained on, so that nothing is rounded twice."""
 
@@ -83,7 +104,7 @@ class Stage(OneOf):
     rrhf: Rrhf | None = None
     """Learning from ranked responses, without a reference."""
     merge: Merge | None = None
-    """Merge adapters into full weights for serving."""
+    """Merge adapters into full weights for serving, or several models into one."""
     evaluate: Evaluate | None = None
     """Measure a policy against a baseline."""
 
@@ -131,6 +152,17 @@ STAGE_TYPES: dict[str, StageType] = {
         StageType("evaluate", 1, ArtifactKind.REPORT, "generate"),
     )
 }
+
+MERGE_DEFAULTS: dict[str, dict[str, float]] = {
+    "linear": {},
+    "slerp": {"t": 0.5},
+    "ties": {"density": 0.2, "scale": 1.0},
+    "dareLinear": {"density": 0.5, "scale": 1.0},
+    "dareTies": {"density": 0.5, "scale": 1.0},
+}
+"""What each merge method reads besides the models, with its defaults."""
+BASED_METHODS = frozenset({"ties", "dareLinear", "dareTies"})
+"""Merge methods that work on changes from a base."""
 
 
 def yields_of(stage_type: str, parameters: Mapping[str, Any]) -> ArtifactKind:

@@ -12,6 +12,7 @@ from plumbline_api.base import Contract, Name
 PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Precision = Literal["auto", "float32", "bfloat16"]
+ModuleName = Annotated[str, Field(min_length=1, max_length=128)]
 
 
 class Lora(Contract):
@@ -23,10 +24,25 @@ class Lora(Contract):
     """Scale numerator; the delta is alpha/rank · B·A. Absent: twice the rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input during training."""
-    targets: (
-        Annotated[list[Annotated[str, Field(min_length=1, max_length=128)]], Field(min_length=1, max_length=32)] | None
-    ) = None
+    targets: Annotated[list[ModuleName], Field(min_length=1, max_length=32)] | None = None
     """Names (suffixes) of the linear layers to adapt. Absent: every linear layer but the output head."""
+    rs_lora: bool = False
+    """Scale by alpha/√rank (Kalajdzievski 2023), so that high ranks learn as fast as low ones."""
+    dora: bool = False
+    """DoRA (Liu et al. 2024): train the length of every output's weights apart from their direction."""
+    modules_to_save: Annotated[list[ModuleName], Field(min_length=1, max_length=32)] | None = None
+    """Names (suffixes) of modules to train whole beside the adapter, such as embed_tokens, lm_head or norms."""
+    quantization: Literal["nf4"] | None = None
+    """nf4: keep the frozen linear layers in 4 bits while training (QLoRA); needs CUDA and bitsandbytes in the image."""
+
+
+class Freeze(Contract):
+    """Weights that stay as they are, with LoRA and without."""
+
+    layers: Annotated[int, Field(ge=-4096, le=4096)] = 0
+    """So many blocks from the first; a negative number freezes all but the last so many."""
+    modules: Annotated[list[ModuleName], Field(max_length=32)] = []
+    """Names (suffixes, * stands for anything) of modules, such as embed_tokens or mlp, with everything in them."""
 
 
 SCHEDULE_FIELDS: dict[str, tuple[str, ...]] = {
@@ -198,6 +214,8 @@ class TrainingStage(Contract):
     """Name of the dataset to train on."""
     lora: Lora | None = None
     """Train a low-rank adapter instead of all weights."""
+    freeze: Freeze | None = None
+    """What is not trained."""
     training: Training = Training()
     """Optimisation parameters."""
 

@@ -33,8 +33,8 @@ def plumbline(*arguments: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=1500, check=False)
 
 
-def trainers_started(folder: Path) -> list[str]:
-    [state] = folder.glob("runs/default/pipelines/tiny/*/state.json")
+def trainers_started(folder: Path, pipeline: str = "tiny") -> list[str]:
+    [state] = folder.glob(f"runs/default/pipelines/{pipeline}/*/state.json")
     return [job["stage"] for job in json.loads(state.read_text())["jobs"]]
 
 
@@ -68,6 +68,47 @@ def test_the_tiny_chain_runs_whole_then_from_storage_then_what_was_damaged(examp
     started = trainers_started(example)
     assert "final" in started, "one flipped byte is a miss"
     assert not {"domain", "sft", "dpo"} & set(started)
+
+
+def test_branches_are_merged_and_trained_on(tmp_path):
+    """examples/07-merging: several policies for one stage, in the planner, on the way to the trainer and in the record."""
+    example = tmp_path / "example"
+    shutil.copytree(ROOT / "examples" / "07-merging", example, ignore=shutil.ignore_patterns("model", "runs"))
+    save_model(example / "model")
+    declared = ["domain", "short", "kind", "blend", "arc", "polish", "exam"]
+    first = plumbline("run", "pipeline.yaml", cwd=example)
+    assert first.returncode == 0, first.stdout + first.stderr
+    started = trainers_started(example, "merging")
+    assert sorted(started) == sorted(["preflight", *declared, "finalize"])
+    assert max(map(started.index, ("short", "kind"))) < min(map(started.index, ("blend", "arc")))
+    [lineage] = example.glob("runs/default/pipelines/merging/*/lineage.json")
+    stages = {stage["name"]: stage for stage in json.loads(lineage.read_text())["stages"]}
+    assert [(parent["role"], parent["name"]) for parent in stages["blend"]["parents"]] == [
+        ("models.0", "short"),
+        ("models.1", "kind"),
+        ("base", "domain"),
+    ]
+    assert [part["share"] for part in stages["blend"]["meta"]["models"]] == pytest.approx([2 / 3, 1 / 3])
+    assert stages["blend"]["metrics"]["logitKl.kind"] > 0
+    assert stages["arc"]["metrics"]["models"] == 2
+    assert stages["polish"]["meta"]["base"]["name"] == "blend"
+    report = next(line.split()[1] for line in first.stdout.splitlines() if line.strip().startswith("report "))
+    text = (example / report).read_text()
+    assert "Merging 2 models by ties" in text
+    assert "DoRA rank 4, model.norm whole" in text
+    card = next(example.glob("runs/default/pipelines/merging/*/model-card.md")).read_text()
+    assert "| blend | merge | short + kind |" in card
+
+    second = plumbline("run", "pipeline.yaml", cwd=example)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "all 7 stages found in storage" in second.stdout
+
+    # Another weight is other work for the merge and what comes after it, not for the branches.
+    manifest = (example / "pipeline.yaml").read_text()
+    (example / "pipeline.yaml").write_text(manifest.replace("weight: 2", "weight: 3"))
+    third = plumbline("run", "pipeline.yaml", cwd=example)
+    assert third.returncode == 0, third.stdout + third.stderr
+    assert set(trainers_started(example, "merging")) & set(declared) == {"blend", "polish", "exam"}
 
 
 def test_ctrl_c_stops_after_a_checkpoint_and_the_next_call_resumes(example):

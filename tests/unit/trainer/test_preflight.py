@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from plumbline_api.record import fingerprints
 from plumbline_api.stagerun import StageResult
 from plumbline_trainer.context import StageOutput
+from plumbline_trainer.models.policy import load_policy
 from plumbline_trainer.storage.manifests import commit_output
 from support import tiny
 from support.trainer import LocalPipeline, output_folder, run_in_process, stage_context, write_jsonl
@@ -136,6 +137,7 @@ def test_a_second_look_reads_nothing_again(tmp_path: Path, model: Path, monkeypa
     monkeypatch.setattr("plumbline_trainer.planning.datasets.load_dataset", forbidden)
     monkeypatch.setattr("plumbline_trainer.stages.preflight.local_tokenizer", forbidden)
     monkeypatch.setattr("plumbline_trainer.planning.facts._read", forbidden)
+    monkeypatch.setattr("plumbline_trainer.models.loading.load_skeleton", forbidden)
     monkeypatch.setattr("plumbline_trainer.storage.files.FileBackend.hash", forbidden)
     second, code = preflight(pipeline(tmp_path, model), 2)
     assert (second, code) == (first, 0)
@@ -197,6 +199,67 @@ def test_formats_are_checked_once_they_are_known(tmp_path: Path, model: Path) ->
         'spec.stages[0].dpo.dataset: "q" holds instruction rows (instruction, input, output); dpo needs preference rows '
         "(prompt, chosen, rejected) or ranked rows (prompt, completions). Datasets that fit: p"
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"lora": {"targets": ["q_proj", "v_porj"]}},
+            'lora.targets: "v_porj" matches no layer of the model. There are: down_proj, gate_proj, k_proj, o_proj, q_proj, '
+            "up_proj, v_proj",
+        ),
+        (
+            {"lora": {"modulesToSave": ["lm_head"]}},
+            "lora.modulesToSave: the embeddings and the output head of this model are one weight (tie_word_embeddings), "
+            "so one cannot be trained without the other. Name both: [lm_head, embed_tokens]",
+        ),
+        ({"freeze": {"layers": 3}}, "freeze.layers: 3, but the model has 2 blocks"),
+        (
+            {"lora": {}, "freeze": {"layers": 2}},
+            "freeze: every layer that lora would adapt is frozen. Name fewer layers or modules, or other lora.targets",
+        ),
+    ],
+)
+def test_parts_that_the_model_does_not_have_are_refused(
+    tmp_path: Path, model: Path, fields: dict[str, Any], said: str
+) -> None:
+    made = pipeline(tmp_path, model, [{"name": "sft", "sft": {"dataset": "q"} | fields}])
+    result, code = preflight(made)
+    assert (code, result.reason, result.message) == (2, "BadInput", f"spec.stages[0].sft.{said}")
+
+
+class TestFourBits:
+    """QLoRA is refused where it cannot be: never another precision instead."""
+
+    stages: ClassVar = [{"name": "sft", "sft": {"dataset": "q", "lora": {"quantization": "nf4"}}}]
+
+    def test_without_a_device(self, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        result, code = preflight(pipeline(tmp_path, model, self.stages))
+        assert (code, result.reason) == (2, "BadInput")
+        assert result.message == (
+            "spec.stages[0].sft.lora.quantization: nf4 needs a CUDA device, and this stage has none. "
+            "Set resources.gpusPerNode to 1 or more, on a runtime with NVIDIA GPUs; or leave quantization out"
+        )
+
+    def test_without_the_package(self, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("plumbline_trainer.models.quantization.PACKAGE", "a_package_that_is_not_there")
+        result, code = preflight(pipeline(tmp_path, model, self.stages))
+        assert (code, result.reason) == (2, "BadInput")
+        assert "needs the Python package" in result.message
+        assert "The platform team adds it to the image" in result.message
+
+    def test_the_stage_refuses_as_well(self, tmp_path: Path, model: Path) -> None:
+        from plumbline_trainer.errors import InputError
+        from plumbline_trainer.models.quantization import quantize
+        from support.trainer import base_model, stage_run
+
+        context = stage_context(tmp_path, stage_run(tmp_path))
+        policy = load_policy(context, base_model(f"file://{model}"), precision="float32", device="cpu")
+        with pytest.raises(InputError, match=r"lora.quantization: nf4 needs "):
+            quantize(policy, "nf4")
 
 
 def test_an_empty_split_is_named_with_the_remedy(tmp_path: Path, model: Path) -> None:

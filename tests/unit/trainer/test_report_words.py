@@ -9,6 +9,7 @@ from plumbline_trainer.report import words
 from plumbline_trainer.report.curves import draw_curves, smoothed
 from plumbline_trainer.report.facts import Point, RunFacts, parse_curve
 from plumbline_trainer.report.figures import Finding, Value, _direction
+from plumbline_trainer.report.merges import describe_merge
 
 
 def finding(kind, value, *, before=None, change=None, in_sample=(), policy="final", baseline="base"):
@@ -148,3 +149,34 @@ def test_plots_are_inline_follow_the_page_and_are_told_in_words():
     assert draw_curves("sft", "sft", points[:1]) == []
     assert draw_curves("merge", "merge", points) == []
     assert smoothed([1.0, 2.0, 3.0]) == [1.5, 2.0, 2.5]
+
+
+def merged(parameters, **metrics):
+    from types import SimpleNamespace
+
+    stage = SimpleNamespace(record=SimpleNamespace(type="merge", parameters=parameters), metrics=metrics)
+    return describe_merge(stage)
+
+
+def test_a_chains_merge_says_what_rounding_took():
+    tone, said = merged({}, lostPart=0.02, logitKl=1e-4, logitDifference=0.5)
+    assert tone == "good"
+    assert said == (
+        "Merging kept 98.0% of every change: 1.0e-04 nats per token between adapter and merged. "
+        "No logit moved by more than 0.5."
+    )
+    assert merged({}, lostPart=0.4, logitKl=0.1)[0] == "bad"
+    assert merged({}) is None
+
+
+def test_a_merge_of_models_says_how_far_it_is_from_each():
+    found = {"logitKl": 0.25, "logitKl.left": 0.25, "logitKl.right": 0.125}
+    assert merged({"method": "slerp"}, **found, straightTensors=3) == (
+        "good",
+        "Merging 2 models by slerp: predictions differ by 0.25 from left, 0.125 from right (nats per token). "
+        "3 tensors are nearly parallel or zero and were averaged.",
+    )
+    tone, said = merged({"method": "ties"}, **found, lostPart=0.5, signConflicts=0.25)
+    assert tone == "bad"
+    assert "At 25\u00a0% of the changed weights they pull in opposite directions." in said
+    assert said.endswith("Rounding took 50\u00a0% of the change: set merge.storageDtype to float32.")

@@ -32,6 +32,13 @@ from support.training_data import training_run
 
 STAGES = {"dpo": dpo, "kto": kto, "orpo": orpo, "pretrain": pretrain, "rewardModel": reward_model, "sft": sft}
 LORA = {"rank": 4, "dropout": 0.1}
+EVERYTHING = {
+    "rank": 4,
+    "dropout": 0.1,
+    "rsLora": True,
+    "dora": True,
+    "modulesToSave": ["embed_tokens", "lm_head", "norm"],
+}
 
 
 def digest_of(folder: Path) -> str:
@@ -90,6 +97,8 @@ class TestInProcess:
             ("rewardModel", {"rank": 4}, 2),
             ("rewardModel", None, 3),
             ("orpo", {"rank": 4}, 2),
+            ("sft", EVERYTHING, 2),
+            ("dpo", EVERYTHING | {"dropout": 0.0}, 4),
         ],
     )
     def test_killed_at_any_step(

@@ -130,6 +130,48 @@ def test_rrhf_learns_from_every_ranked_answer(tmp_path: Path) -> None:
     assert metrics["tokens"] > succeed(tmp_path, pairs)["tokens"], "dpo takes the best and the worst only"
 
 
+SAVED = ["embed_tokens", "lm_head", "norm"]
+
+
+@pytest.mark.parametrize("type_", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", [{"rsLora": True}, {"dora": True}, {"dora": True, "modulesToSave": SAVED}])
+def test_every_kind_of_adapter_learns_on_the_fast_path(tmp_path: Path, type_: str, kind: dict[str, Any]) -> None:
+    run = training_run(
+        tmp_path, type_, lora=LORA | kind, evaluation=0.25, globalBatch=4, epochs=3, learningRate=3e-3, style="qwen2"
+    )
+    metrics = succeed(tmp_path, run)
+    assert metrics["evalLoss"] < metrics["evalLossStart"]
+    assert metrics["plainPath"] == 0
+    if type_ == "dpo":  # The reference is the model with adapter and saved modules off.
+        assert metrics["evalLossStart"] == pytest.approx(math.log(2), abs=1e-5)
+    again = training_run(tmp_path, "sft", lora=LORA, evaluation=0.25, globalBatch=4, seed=4, style="qwen2")
+    again = again.model_copy(update={"inputs": [output_of(run), again.inputs[1]], "fingerprint": "f" * 64})
+    second = succeed(tmp_path / "again", again)
+    if type_ == "sft":
+        assert second["evalLossStart"] == pytest.approx(metrics["evalLoss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("lora", [LORA, None])
+def test_frozen_layers_stay(tmp_path: Path, lora: dict[str, Any] | None) -> None:
+    frozen = {"freeze": {"layers": 1, "modules": ["embed_tokens", "layers.1.mlp"]}}
+    run = training_run(tmp_path, "sft", lora=lora, stage=frozen, globalBatch=4, learningRate=3e-3)
+    succeed(tmp_path, run)
+    written = weights_of(run)
+    if lora is not None:
+        assert {name.split("layers.")[1].split(".lora_")[0] for name in written} == {
+            f"1.self_attn.{name}_proj" for name in "qkvo"
+        }
+        return
+    before = load_file(tmp_path / "model-llama-float32" / "model.safetensors")
+    moved = {name for name in written if not torch.equal(written[name], before[name])}
+    assert moved == {
+        "model.norm.weight",
+        "model.layers.1.input_layernorm.weight",
+        "model.layers.1.post_attention_layernorm.weight",
+        *(f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkvo"),
+    }
+
+
 def test_the_next_stage_starts_from_the_merged_adapter(tmp_path: Path) -> None:
     sft = training_run(tmp_path, "sft", lora=LORA, evaluation=0.3, globalBatch=4, learningRate=1e-2, epochs=2)
     first = succeed(tmp_path, sft)

@@ -63,7 +63,8 @@ def open_run(
 ) -> TrainingRun:
     """The run over the rows, on the policy with a fresh adapter or all weights to train; nothing is resumed yet."""
     training = parameters.training
-    scorer = Scorer(make_trainable(policy, parameters.lora, seed), precision=training.precision)
+    model = make_trainable(policy, parameters.lora, seed, freeze=parameters.freeze)
+    scorer = Scorer(model, precision=training.precision)
     plan = plan_steps(
         [row.row_id for row in rows.encoded.rows],
         seed=seed,

@@ -182,6 +182,8 @@ def prepare_modes(scorer: Scorer, *, adapter_dropout: bool, gradient_checkpointi
         for name, module in model.named_modules():
             if isinstance(module, nn.Dropout) and ".lora_dropout." in f".{name}.":
                 module.train()
+                # The flag of the layer alone: DoRA looks at it, not at the dropout's.
+                model.get_submodule(name.partition(".lora_dropout.")[0]).training = True
     if gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise InputError(

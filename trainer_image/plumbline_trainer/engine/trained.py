@@ -6,7 +6,7 @@ import json
 from typing import Any, TypeVar
 
 import torch
-from plumbline_api.training import Lora, TrainingStage
+from plumbline_api.training import Freeze, Lora, TrainingStage
 from transformers import PreTrainedModel
 
 from plumbline_trainer.context import StageContext, StageOutput
@@ -16,7 +16,9 @@ from plumbline_trainer.engine.range_test import smoothed, suggest
 from plumbline_trainer.models.adapters import adapter_of, attach_lora, save_adapter
 from plumbline_trainer.models.merging import LOST_PART_WARNING, stored_weights, weights_digest
 from plumbline_trainer.models.policy import Policy, digest_with, lost_part_advice, policy_meta
+from plumbline_trainer.models.quantization import quantize
 from plumbline_trainer.models.saving import save_full
+from plumbline_trainer.models.selection import module_names, select
 from plumbline_trainer.report.curves import draw_range_test, standalone
 
 Parameters = TypeVar("Parameters", bound=TrainingStage)
@@ -34,15 +36,23 @@ def weights_precision(parameters: TrainingStage) -> str:
     return parameters.training.precision if parameters.lora is not None else "float32"
 
 
-def make_trainable(policy: Policy, lora: Lora | None, seed: int) -> PreTrainedModel:
-    """Put a fresh adapter on the policy, or train all of it."""
+def make_trainable(policy: Policy, lora: Lora | None, seed: int, *, freeze: Freeze | None) -> PreTrainedModel:
+    """Put a fresh adapter on the policy, or train all of it; what `freeze` names stays as it is.
+
+    Raises:
+        InputError: if `lora` or `freeze` names what the model does not have.
+    """
     model: PreTrainedModel = policy.model
     if lora is not None:
-        model = attach_lora(model, lora, seed)
+        if lora.quantization is not None:
+            quantize(policy, lora.quantization)
+        model = attach_lora(model, lora, seed, freeze)
     else:
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
+        for name in select(module_names(model), None, freeze).frozen:
+            model.get_submodule(name).requires_grad_(False)
     # After the adapter is on: its own dropout, too, stays off until a stage turns it on.
     model.eval()
     return model
@@ -51,10 +61,12 @@ def make_trainable(policy: Policy, lora: Lora | None, seed: int) -> PreTrainedMo
 def policy_identity(policy: Policy) -> str:
     """What a policy's weights in memory are, by content alone, for caches: neither names nor places enter."""
     lineage = policy.lineage
-    content = lineage.merged_digest or lineage.base.get("digest") or lineage.base.get("manifestDigest")
-    if content is None:  # a model that nobody pinned
+    content = lineage.merged_digest
+    if content is None and not lineage.adapters:
+        content = lineage.base.get("digest") or lineage.base.get("manifestDigest")
+    if content is None:  # a model that nobody pinned, or a chain whose merge nobody has recorded
         content = weights_digest(stored_weights(policy.model).items())
-    return f"{content}/{policy.storage_dtype}/{policy.precision}"
+    return f"{content}/{policy.storage_dtype}/{policy.precision}/{policy.quantization or 'whole'}"
 
 
 def save_policy(

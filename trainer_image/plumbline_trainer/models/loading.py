@@ -116,6 +116,22 @@ def load_config(path: Path) -> Any:
     return _without_quantisation(config)
 
 
+def load_skeleton(path: Path) -> Any:
+    """A model of a folder or GGUF file without its weights: every module under its name, on the meta device.
+
+    Raises:
+        InputError: if the source is not a model that can be loaded safely.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(path)
+    with _quiet(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model
+
+
 @contextlib.contextmanager
 def _view(path: Path, *, weights: bool) -> Iterator[Path]:
     """A clean view of a folder for as long as it is read; GGUF files are read in place."""

@@ -3,7 +3,8 @@
 One delta at a time, in order of training: W' = round(W₆₄ + s·Σₖ bₖ⊗aₖ), in float64 and with one rounding to the type
 in which the weights are stored. The sum over the rank is taken term by term with separate multiplications and
 additions, never by a matrix product of a BLAS: those sum in an order that depends on processor and thread count, and
-one weight in a hundred million would then round differently from one machine to the next.
+one weight in a hundred million would then round differently from one machine to the next. DoRA's row lengths are sums
+of squares taken by halves, for the same reason.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 from plumbline_api.errors import InputError
 from torch import Tensor
 
+START_PREFIX = "start_"
+"""Buffers with this prefix hold what a module that is trained whole started from."""
 _CHUNK = 1 << 17
 """Elements per block: large enough to hide the cost of a call, small enough to stay in the cache."""
 LOST_PART_WARNING = 0.3
@@ -25,16 +28,18 @@ LOST_PART_WARNING = 0.3
 
 @dataclass(frozen=True)
 class Delta:
-    """A low-rank change of one weight: scale · B·A."""
+    """A low-rank change of one weight: W + scale · B·A; with a magnitude, m·(W + scale·B·A)/‖W + scale·B·A‖ by rows."""
 
     a: Tensor
     """(rank, in), float32."""
     b: Tensor
     """(out, rank), float32."""
     scale: float
-    """alpha/rank."""
+    """alpha/rank; alpha/√rank where it was trained so."""
     transposed: bool = False
     """Whether the weight is stored as (in, out), as GPT-2's Conv1D does."""
+    magnitude: Tensor | None = None
+    """(out), float32: the trained length of every output's weights (DoRA)."""
 
 
 @dataclass
@@ -45,6 +50,14 @@ class LostPart:
     delta_squared: float = 0.0
     unchanged: int = 0
     weights: int = 0
+
+    def add(self, before: Tensor, change: Tensor, after: Tensor) -> None:
+        """Count weights that were to change by `change` (float64) and became `after`."""
+        kept = after.double() - before
+        self.lost_squared += float((change - kept).square().sum())
+        self.delta_squared += float(change.square().sum())
+        self.unchanged += int((kept == 0).sum())
+        self.weights += before.numel()
 
     @property
     def ratio(self) -> float:
@@ -65,6 +78,8 @@ class Adapter:
     rank: int
     alpha: float
     targets: tuple[str, ...] = field(default=())
+    saved: dict[str, Tensor] = field(default_factory=dict)
+    """Weights that were trained whole beside the factors, float32, by their name in the model."""
 
 
 def round_to(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -80,6 +95,16 @@ def round_to(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(dtype)
 
 
+def fold_sum(values: Tensor) -> Tensor:
+    """Sum over the last dimension by adding halves to each other: the same bits everywhere."""
+    while (width := values.shape[-1]) > 1:
+        half = (width + 1) // 2
+        folded = values[..., :half].clone()
+        folded[..., : width - half] += values[..., half:]
+        values = folded
+    return values.squeeze(-1)
+
+
 def merge_delta(weight: Tensor, delta: Delta, dtype: torch.dtype, lost: LostPart | None = None) -> Tensor:
     """The weight with a delta added, rounded once to `dtype`.
 
@@ -92,15 +117,18 @@ def merge_delta(weight: Tensor, delta: Delta, dtype: torch.dtype, lost: LostPart
     Raises:
         InputError: if shapes do not fit or the result is not finite.
     """
-    b, a = (delta.a.T, delta.b.T) if delta.transposed else (delta.b, delta.a)
-    rows, columns = b.shape[0], a.shape[1]
+    if delta.transposed:
+        straight = Delta(delta.a, delta.b, delta.scale, magnitude=delta.magnitude)
+        return merge_delta(weight.T, straight, dtype, lost).T.contiguous()
+    rows, columns = delta.b.shape[0], delta.a.shape[1]
     if weight.shape != (rows, columns):
         raise InputError(
             f"an adapter of shape {rows}×{columns} does not fit weights of shape "
             f"{'×'.join(map(str, weight.shape))}: it was trained on another model"
         )
-    b64, a64 = b.detach().double().contiguous(), a.detach().double().contiguous()
-    merged = torch.empty(weight.shape, dtype=dtype)
+    b64, a64 = delta.b.detach().double().contiguous(), delta.a.detach().double().contiguous()
+    m64 = None if delta.magnitude is None else delta.magnitude.detach().double()
+    merged = torch.empty((rows, columns), dtype=dtype)
     step = max(1, _CHUNK // max(columns, 1))
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
@@ -111,17 +139,20 @@ def merge_delta(weight: Tensor, delta: Delta, dtype: torch.dtype, lost: LostPart
             torch.mul(b64[part, k, None], a64[k], out=term)
             change.add_(term)
         change.mul_(delta.scale)
-        after = round_to(before + change, dtype)
-        if not bool(torch.isfinite(after).all()):
-            raise InputError("merging gives weights that are not finite: training diverged. Lower the learning rate")
+        exact = before + change
+        if m64 is not None:
+            exact *= (m64[part] / fold_sum(exact.square()).sqrt())[:, None]
+        after = round_to(exact, dtype)
+        _check_finite(after)
         merged[part] = after
         if lost is not None:
-            kept = after.double() - before
-            lost.lost_squared += float((change - kept).square().sum())
-            lost.delta_squared += float(change.square().sum())
-            lost.unchanged += int((kept == 0).sum())
-            lost.weights += before.numel()
+            lost.add(before, change if m64 is None else exact - before, after)
     return merged
+
+
+def _check_finite(weights: Tensor) -> None:
+    if not bool(torch.isfinite(weights).all()):
+        raise InputError("merging gives weights that are not finite: training diverged. Lower the learning rate")
 
 
 @torch.no_grad()
@@ -138,7 +169,33 @@ def merge_into(model: torch.nn.Module, adapter: Adapter, dtype: torch.dtype) -> 
         if weight is None:
             raise InputError(f'the adapter changes "{name}", which the model does not have: it was trained on another')
         weight.data = merge_delta(weight.data, delta, dtype, lost)
+    seen: set[int] = set()
+    for name, trained in sorted(adapter.saved.items()):
+        owner, _, part = name.rpartition(".")
+        weight = getattr(modules.get(owner), part, None)
+        if weight is None or weight.shape != trained.shape:
+            raise InputError(
+                f'the adapter holds "{name}" of shape {"×".join(map(str, trained.shape))}, which does not fit the '
+                "model: it was trained on another"
+            )
+        if id(weight) in seen:  # Embeddings and head that are one weight are named twice.
+            continue
+        seen.add(id(weight))
+        before = weight.data
+        weight.data = _rounded_whole(before, trained, dtype, lost)
     return lost
+
+
+def _rounded_whole(before: Tensor, trained: Tensor, dtype: torch.dtype, lost: LostPart) -> Tensor:
+    """A weight that was trained whole, in its storage type."""
+    after = trained.detach().cpu().to(dtype)
+    _check_finite(after)
+    step = max(1, _CHUNK // max(1, trained[0].numel()))
+    for start in range(0, len(trained), step):
+        part = slice(start, start + step)
+        old = before[part].detach().cpu().double()
+        lost.add(old, trained[part].detach().cpu().double() - old, after[part])
+    return after
 
 
 def stored_weights(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -160,12 +217,28 @@ def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
 @torch.no_grad()
 def merged_digest(model: torch.nn.Module, adapter: Adapter, dtype: torch.dtype) -> tuple[str, LostPart]:
     """What `weights_digest` would say after `merge_into`, without changing the model. One merged weight at a time."""
-    digest, lost = hashlib.sha256(), LostPart()
+    digest, lost, starts = hashlib.sha256(), LostPart(), starts_of(model)
     for name, weight in sorted(stored_weights(model).items()):
         delta = adapter.deltas.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         cpu = weight.detach().cpu()
-        _add_weight(digest, name, cpu.to(dtype) if delta is None else merge_delta(cpu, delta, dtype, lost))
+        if delta is not None:
+            merged = merge_delta(cpu, delta, dtype, lost)
+        elif (before := starts.get(name)) is not None:
+            merged = _rounded_whole(before, cpu, dtype, lost)
+        else:
+            merged = cpu.to(dtype)
+        _add_weight(digest, name, merged)
     return digest.hexdigest(), lost
+
+
+def starts_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """What modules that are trained whole started from (`adapters.attach_lora` keeps it), by name of the weight."""
+    parts = ((name.rpartition("."), buffer) for name, buffer in model.named_buffers())
+    return {
+        f"{owner}.{last.removeprefix(START_PREFIX)}": buffer
+        for (owner, _, last), buffer in parts
+        if last.startswith(START_PREFIX)
+    }
 
 
 def _add_weight(digest: hashlib._Hash, name: str, weight: Tensor) -> None:

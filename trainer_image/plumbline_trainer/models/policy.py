@@ -67,6 +67,8 @@ class Policy:
     lineage: PolicyLineage
     precision: str = "float32"
     """Type of the weights in memory."""
+    quantization: str | None = None
+    """How the linear layers in memory are quantised; `lineage` and storage know only the weights themselves."""
 
 
 class MergeWatch(Protocol):
@@ -170,9 +172,9 @@ def digest_with(policy: Policy, adapter: Adapter) -> tuple[str, LostPart] | None
     """Digest of the policy's weights with a new adapter merged, and the part of it that rounding loses.
 
     None where the weights in memory are rounded further than the stored ones, so that the first stage that merges
-    them has to say.
+    them has to say; so it is where they are quantised.
     """
-    if policy.precision == "bfloat16" and policy.storage_dtype == "float32":
+    if policy.quantization is not None or (policy.precision == "bfloat16" and policy.storage_dtype == "float32"):
         return None
     return merged_digest(policy.model, adapter, torch_dtype(policy.storage_dtype))
 

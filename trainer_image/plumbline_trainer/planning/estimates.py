@@ -115,11 +115,22 @@ def lora_parameters(rank: int, targets: list[str] | None, facts: ModelFacts) -> 
     return rank * facts.layers * sum(chosen)
 
 
+def whole_parameters(modules: list[str], facts: ModelFacts) -> int:
+    """Parameters of embeddings and head where they are trained whole; norms are too small to count."""
+    large = sum(name.rpartition(".")[2] in ("embed_tokens", "wte", "lm_head", "embed_out") for name in modules)
+    return large * facts.vocabulary * facts.hidden
+
+
 def _training_memory(parameters: TrainingStage, training: Training, facts: ModelFacts, tokens: int) -> int:
     width = 2 if training.precision == "bfloat16" else 4
     if parameters.lora is not None:
-        trainable = lora_parameters(parameters.lora.rank, parameters.lora.targets, facts)
-        weights = facts.parameters * width + 16 * trainable
+        lora = parameters.lora
+        trainable = lora_parameters(lora.rank, lora.targets, facts) + whole_parameters(
+            lora.modules_to_save or [], facts
+        )
+        # Four bits and the scale of every 64 weights.
+        frozen = facts.parameters * width if lora.quantization is None else round(facts.parameters * 0.56)
+        weights = frozen + 16 * trainable
     else:
         weights = 16 * facts.parameters
     layer = _activations_per_layer(facts)
@@ -136,6 +147,12 @@ def _inference_memory(stage: StageRecord, facts: ModelFacts) -> int:
     if stage.type == "merge":
         # The merged weights in their stored type, one matrix at a time in float64.
         stored = 2 if facts.storage_dtype == "bfloat16" else 4
+        if "method" in stage.parameters:
+            # One model, and of the embeddings every model's copy, the result and TIES' changes in float64.
+            largest = facts.vocabulary * facts.hidden
+            return round(
+                RUNTIME_BYTES + facts.parameters * stored + largest * (stored * (len(stage.inputs) + 1) + 2 * 8)
+            )
         return round(
             RUNTIME_BYTES + facts.parameters * stored + 3 * 8 * facts.hidden * max(facts.intermediate, facts.hidden)
         )

@@ -64,7 +64,8 @@ def _body(facts: RunFacts, findings: list[Finding]) -> str:
     lines += ["| Stage | Type | From | Data | State |", "|---|---|---|---|---|"]
     for stage in facts.stages:
         roles = {ref.role: ref for ref in stage.record.inputs}
-        source = roles["model"].stage or "base" if "model" in roles else "–"
+        sources = [ref.stage or "base" for role, ref in roles.items() if role.partition(".")[0] in ("model", "models")]
+        source = " + ".join(sources) or "–"
         data = [
             facts.record.external_inputs[ref.external].name.removeprefix("dataset/")
             for ref in stage.record.inputs

@@ -12,6 +12,7 @@ from plumbline_trainer.report import words
 from plumbline_trainer.report.curves import Figure, draw_curves, draw_range_test, draw_reliability
 from plumbline_trainer.report.facts import RunFacts, StageFacts
 from plumbline_trainer.report.figures import Finding, Value, find, tabulate
+from plumbline_trainer.report.merges import describe_merge
 
 TEMPLATES = Path(__file__).parent / "templates"
 ANSWERS_OPEN = 6
@@ -198,7 +199,7 @@ def _base(facts: RunFacts) -> dict[str, Any]:
 
 def _stage_row(facts: RunFacts, stage: StageFacts) -> dict[str, Any]:
     outcome = stage.outcome
-    source = next((ref for ref in stage.record.inputs if ref.role == "model"), None)
+    sources = [ref for ref in stage.record.inputs if ref.role.partition(".")[0] in ("model", "models")]
     data = next((ref for ref in stage.record.inputs if ref.role == "dataset"), None)
     lora = stage.record.parameters.get("lora")
     what = []
@@ -207,7 +208,8 @@ def _stage_row(facts: RunFacts, stage: StageFacts) -> dict[str, Any]:
         name = facts.record.external_inputs[data.external].name.removeprefix("dataset/")
         what.append(f"{words.number(rows)} rows of {name}" if rows is not None else name)
     if lora:
-        what.append(f"LoRA rank {lora['rank']}")
+        what.append(f"{'DoRA' if lora.get('dora') else 'LoRA'} rank {lora['rank']}")
+        what += [f"{', '.join(lora['modulesToSave'])} whole"] if lora.get("modulesToSave") else []
     elif data is not None:
         what.append("all weights")
     if (steps := stage.metrics.get("steps")) is not None:
@@ -225,7 +227,7 @@ def _stage_row(facts: RunFacts, stage: StageFacts) -> dict[str, Any]:
         "seconds": None if outcome is None or outcome.cached else outcome.seconds,
         "gpu_seconds": None if outcome is None else outcome.gpu_seconds,
         "tokens": None if stage.manifest is None else stage.manifest.tokens,
-        "source": None if source is None else source.stage or "base",
+        "source": " + ".join(ref.stage or "base" for ref in sources) or None,
         "what": ", ".join(what),
         "yields_policy": stage.yields_policy,
     }
@@ -388,14 +390,8 @@ def _checks(facts: RunFacts, findings: list[Finding]) -> list[tuple[str, str]]:
     if findings and not any(finding.in_sample for finding in findings):
         checks.append(("good", "No judge and no measured row took part in training."))
     for stage in facts.stages:
-        lost = stage.metrics.get("lostPart")
-        if lost is not None and stage.record.type == "merge":
-            tone = "bad" if lost > 0.3 else "good"
-            divergence = words.number(stage.metrics.get("logitKl"))
-            said = (
-                f"Merging kept {1 - lost:.1%} of every change: {divergence} nats per token between adapter and merged."
-            )
-            checks.append((tone, said))
+        if (said := describe_merge(stage)) is not None:
+            checks.append(said)
     for item in _datasets(facts):
         if item["bad"]:
             checks.append(

@@ -66,7 +66,7 @@ def run(context: StageContext) -> StageOutput | None:
                 )
 
         # Build
-        scorer = Scorer(make_trainable(policy, lora, seed), precision=training.precision)
+        scorer = Scorer(make_trainable(policy, lora, seed, freeze=parameters.freeze), precision=training.precision)
         plan = plan_steps(
             [row.row_id for row in encoded.rows],
             seed=seed,

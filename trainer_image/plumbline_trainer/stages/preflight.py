@@ -27,6 +27,7 @@ from plumbline_trainer.planning.facts import ModelFacts, local_tokenizer, model_
 from plumbline_trainer.planning.hits import Hit, find_hits
 from plumbline_trainer.planning.lengths import leaves_no_row, length_note
 from plumbline_trainer.planning.pins import Pin, pin
+from plumbline_trainer.planning.selections import check_selections
 from plumbline_trainer.storage import uris
 
 PLAN_FILE = "plan.json"
@@ -70,6 +71,7 @@ def run(context: StageContext) -> StageOutput:
         _step(context, len(digests) + number, 2 * len(digests), f"reading {item.name}")
         if item.kind == "policy":
             found.models[item.name] = model_facts(context, item, digests[number])
+    check_selections(context, record, record.external_inputs[0], digests[0])
     read_datasets(context, record, digests, found)
     check_stages(record, found.datasets)
     found.leaks = find_leaks(found.datasets.values(), *readers(record))

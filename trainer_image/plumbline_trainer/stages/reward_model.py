@@ -47,7 +47,7 @@ def run(context: StageContext) -> StageOutput | None:
         report_rows(context, encoded, "training rows")
 
         # Build
-        model = make_trainable(policy, lora, seed)
+        model = make_trainable(policy, lora, seed, freeze=parameters.freeze)
         scorer = ValueScorer(model, fresh_heads(model, parameters.heads, seed), precision=training.precision)
         plan = plan_steps(
             [row.row_id for row in encoded.rows],

@@ -1,0 +1,90 @@
+"""Frozen weights in four bits while an adapter is trained (QLoRA, Dettmers et al. 2023), by way of bitsandbytes.
+
+Only the copy in the accelerator's memory is quantised. The adapter is merged into the weights as they are stored, which
+are better than what it was trained beside; `merge` reports what that does to the predictions.
+
+The refusals are tested everywhere. What runs on CUDA has not been run on a GPU by the project's own tests yet.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from plumbline_api.errors import InputError
+
+from plumbline_trainer.models.loading import torch_dtype
+
+if TYPE_CHECKING:
+    from plumbline_trainer.models.policy import Policy
+
+PACKAGE = "bitsandbytes"
+
+
+def refuse_without_package(field: str) -> None:
+    """Say who has to act where the trainer image cannot quantise.
+
+    Raises:
+        InputError: if bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec(PACKAGE) is None:
+        raise InputError(
+            f"{field}: nf4 needs the Python package {PACKAGE}, which this trainer image does not have. The platform "
+            f"team adds it to the image (pip install {PACKAGE}) and names that image in the runtime; "
+            "or leave quantization out"
+        )
+
+
+def refuse_without_device(field: str, *, cuda: bool) -> None:
+    """Say what to ask for where no CUDA device would be there.
+
+    Raises:
+        InputError: if `cuda` is false.
+    """
+    if not cuda:
+        raise InputError(
+            f"{field}: nf4 needs a CUDA device, and this stage has none. Set resources.gpusPerNode to 1 or more, "
+            "on a runtime with NVIDIA GPUs; or leave quantization out"
+        )
+
+
+def quantize(policy: Policy, kind: str) -> None:
+    """Replace the linear layers of a policy, all but the head, by 4-bit ones, in place.
+
+    Raises:
+        InputError: if the package or the device is missing, or the model has no layers of the right kind.
+    """
+    import torch
+    from torch import nn
+
+    assert kind == "nf4"
+    field = "lora.quantization"
+    refuse_without_package(field)
+    device = policy.model.device
+    refuse_without_device(field, cuda=device.type == "cuda" and torch.cuda.is_available())
+    bitsandbytes: Any = importlib.import_module(PACKAGE)
+    model: Any = policy.model
+    head = model.get_output_embeddings()
+    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear and module is not head]
+    if not linear:
+        raise InputError(f"{field}: the model has no plain linear layers to quantise; leave quantization out")
+    for name in linear:
+        old = model.get_submodule(name)
+        new = bitsandbytes.nn.Linear4bit(
+            old.in_features,
+            old.out_features,
+            bias=old.bias is not None,
+            compute_dtype=torch_dtype(policy.precision),
+            compress_statistics=True,
+            quant_type="nf4",
+        )
+        # Quantised when it is moved to the device.
+        new.weight = bitsandbytes.nn.Params4bit(
+            old.weight.data.cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4", module=new
+        )
+        if old.bias is not None:
+            new.bias = nn.Parameter(old.bias.data, requires_grad=False)
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner) if owner else model, last, new.to(device))
+    policy.quantization = kind

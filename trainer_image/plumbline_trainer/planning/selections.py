@@ -1,0 +1,72 @@
+"""Whether stages name parts that the model has, and ask for nothing that is not there, before anything is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING
+
+from plumbline_api.fingerprint import digest_of
+from plumbline_api.record import ExternalInput, RunRecord, StageRecord
+from plumbline_api.training import Freeze, Lora
+
+from plumbline_trainer.errors import InputError
+from plumbline_trainer.models.quantization import refuse_without_device, refuse_without_package
+from plumbline_trainer.models.selection import ModuleNames, select
+from plumbline_trainer.planning.facts import CACHE_FOLDER, small_files
+from plumbline_trainer.storage import uris
+from plumbline_trainer.storage.manifests import read_json
+
+if TYPE_CHECKING:
+    from plumbline_trainer.context import StageContext
+
+NAMES_VERSION = 1
+
+
+def check_selections(context: StageContext, record: RunRecord, model: ExternalInput, digest: str) -> None:
+    """Refuse stages that name layers or modules which the model does not have, or 4-bit weights where they cannot be.
+
+    Raises:
+        InputError: with the path of the field.
+    """
+    for index, stage in enumerate(record.stages):
+        lora = Lora.model_validate(stage.parameters["lora"]) if "lora" in stage.parameters else None
+        freeze = Freeze.model_validate(stage.parameters["freeze"]) if "freeze" in stage.parameters else None
+        if lora is None and freeze is None:
+            continue
+        path = f"spec.stages[{index}].{stage.type}"
+        if lora is not None and lora.quantization is not None:
+            field = f"{path}.lora.quantization"
+            refuse_without_device(field, cuda=_has_cuda(record, stage))
+            refuse_without_package(field)
+        try:
+            select(names_of(context, model, digest), lora, freeze)
+        except InputError as error:
+            raise InputError(f"{path}.{error}") from error
+
+
+def names_of(context: StageContext, model: ExternalInput, digest: str) -> ModuleNames:
+    """The modules of a model; found once per content, because building even an empty model takes seconds."""
+    key = digest_of(["modules", digest, NAMES_VERSION])
+    place = uris.join(context.namespace_root, f"{CACHE_FOLDER}/modules-{key[:32]}.json")
+    known = read_json(context.store, place)
+    if isinstance(known, dict):
+        try:
+            return ModuleNames(**{name: tuple(map(str, values)) for name, values in known.items()})
+        except TypeError:
+            pass
+    from plumbline_trainer.models.loading import load_skeleton
+    from plumbline_trainer.models.selection import module_names
+
+    names = module_names(load_skeleton(small_files(context, model, digest)))
+    context.store.put_bytes(place, json.dumps(dataclasses.asdict(names)).encode())
+    return names
+
+
+def _has_cuda(record: RunRecord, stage: StageRecord) -> bool:
+    """Whether the stage's pods ask for an accelerator; in a local run, whether this machine has one."""
+    if record.runtime is not None:
+        return bool(stage.resources.gpus_per_node)
+    import torch
+
+    return torch.cuda.is_available()
