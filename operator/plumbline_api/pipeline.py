@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from plumbline_api.artifacts import DatasetFormat
 from plumbline_api.base import (
@@ -19,7 +19,8 @@ from plumbline_api.base import (
     Uri,
     one_of_rule,
 )
-from plumbline_api.errors import ManifestError, Problem, problems_of
+from plumbline_api.errors import ManifestError, Problem
+from plumbline_api.jsontypes import parse_strictly
 from plumbline_api.stages import Stage
 from plumbline_api.status import PipelineStatus
 
@@ -181,7 +182,4 @@ class AlignmentPipeline(Contract):
                     )
                 ]
             )
-        try:
-            return cls.model_validate(given)
-        except ValidationError as error:
-            raise ManifestError(problems_of(error, cls)) from error
+        return parse_strictly(given, cls)

@@ -11,8 +11,9 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plumbline_api.artifacts import FORMAT_FIELDS
 from plumbline_trainer.data.dialogues import common_text, parse_dialogue
-from plumbline_trainer.data.formats import OPTIONAL, REQUIRED, BadRowError, parse_dataset, parse_record
+from plumbline_trainer.data.formats import EVERYWHERE, OPTIONAL, REQUIRED, BadRowError, parse_dataset, parse_record
 from plumbline_trainer.data.records import Record, SourceFile
 from plumbline_trainer.data.rows import Row
 from plumbline_trainer.errors import InputError
@@ -287,3 +288,8 @@ def test_words_that_only_look_like_turns_are_text() -> None:
     found = parse_dialogue("USER: what does the user: field mean?\nASSISTANT: It names the user: you.")
     assert [turn.role for turn in found] == ["user", "assistant"]
     assert parse_dialogue("A preamble. USER: hi ASSISTANT: ho")[0].role == "system"
+
+
+@pytest.mark.parametrize("format_", FORMAT_FIELDS)
+def test_the_checker_knows_the_fields_that_are_read(format_):
+    assert FORMAT_FIELDS[format_] == (*REQUIRED[format_], *OPTIONAL.get(format_, ()), *EVERYWHERE)
