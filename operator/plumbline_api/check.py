@@ -207,7 +207,8 @@ def _check_sources(spec: PipelineSpec, place: Place) -> Iterator[Problem]:
         elif scheme != "hf" and not rest.split("?")[0].endswith((*DATASET_SUFFIXES, "*", "/")):
             yield Problem(
                 path,
-                f'"{dataset.source}": the suffix says how rows are stored; known are {", ".join(DATASET_SUFFIXES)}',
+                f'"{dataset.source}": the suffix says how rows are stored; known are {", ".join(DATASET_SUFFIXES)}. '
+                "A folder ends in /",
             )
 
 

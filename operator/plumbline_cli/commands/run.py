@@ -73,13 +73,8 @@ def run(
             )
             with _Signals(runner):
                 status = runner.run()
-    again = ["plumbline", "run", file]
-    again += ["--storage", str(storage)] if storage is not None else []
-    again += ["--name", name] if name is not None else []
-    again += ["--namespace", namespace] if namespace is not None else []
-    again += ["--pipeline", pipeline] if pipeline is not None else []
     if output is Format.TEXT:
-        print_ending(console, session, runner.state, again)
+        print_ending(console, session, runner.state)
     else:
         print_document(document_of(runner.state.body, status.to_wire()), output)
     if runner.interrupted:

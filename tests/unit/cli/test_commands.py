@@ -55,7 +55,7 @@ def test_a_failed_run_says_what_failed_in_the_words_of_status_and_how_to_go_on(p
     ended = plumbline("run", manifest)
     assert ended.code == 1
     assert f"✘ dpo failed. BadInput: {words}" in unwrapped(ended.out)
-    assert f"go on with: plumbline run {manifest}" in unwrapped(ended.out)
+    assert f"go on with: plumbline run {manifest.name}" in unwrapped(ended.out)
     status = plumbline("status", manifest)
     assert status.code == 0
     assert words in unwrapped(status.out)
@@ -188,6 +188,23 @@ def test_wait_ends_with_124_when_time_runs_out(plumbline, manifest, tmp_path):
     assert stopped.code == 1
     assert "nobody runs demo right now" in stopped.err
     assert "it goes on with: plumbline run" in plumbline("status", manifest).err
+
+
+def test_how_to_go_on_names_everything_that_says_which_run_it_is(plumbline, manifest, tmp_path, monkeypatch):
+    storage = tmp_path / "else where"
+    plumbline("run", manifest, "--storage", storage, "--name", "other", "-n", "team")
+    [state] = storage.glob("team/pipelines/other/*/state.json")
+    document = json.loads(state.read_text())
+    document["status"]["phase"] = "Running"
+    state.write_text(json.dumps(document))
+    told = plumbline("status", "other", "--storage", storage, "-n", "team").err
+    monkeypatch.chdir("/")
+    inside = f"{manifest} --name other --namespace team --storage '{storage}'"
+    assert (
+        f"it goes on with: plumbline run {inside}"
+        in plumbline("status", "other", "--storage", storage, "-n", "team").err
+    )
+    assert "it goes on with: plumbline run" in told
 
 
 def test_commands_for_a_cluster_refuse_a_file(plumbline, manifest):

@@ -80,6 +80,8 @@ def test_files_globs_and_folders_are_found_in_order(tmp_path: Path) -> None:
     assert names(f"{root}/a.jsonl") == ["a.jsonl"]
     assert names(f"{root}/*.jsonl") == ["a.jsonl", "b.jsonl"]
     assert names(root) == names(f"{root}/") == names(f"{root}/**/*.jsonl") == ["a.jsonl", "b.jsonl", "deep/c.jsonl"]
+    rows(tmp_path, "LICENSE.txt")
+    assert names(root) == ["a.jsonl", "b.jsonl", "deep/c.jsonl"], "a text beside rows is no data"
     with pytest.raises(InputError, match="README: the suffix says how rows are stored"):
         names(f"{root}/*")
     with pytest.raises(InputError, match="no file matches"):

@@ -70,6 +70,16 @@ def test_verdicts(findings, tone, beginning):
     assert sentence.startswith(beginning), sentence
 
 
+def test_how_it_went_stands_before_what_it_rests_on():
+    outcome, evidence = words.first_sentence(words.verdict(Ended(), [BETTER])[0])
+    assert outcome == "It worked."
+    assert evidence.startswith("The answers of “final” beat those of the starting model in ")
+    assert words.first_sentence("It ran to the end, but nothing was measured.") == (
+        "It ran to the end, but nothing was measured.",
+        "",
+    )
+
+
 def test_a_price_is_named():
     assert "At a price: perplexity got worse." in words.verdict(Ended(), [BETTER, DEARER])[0]
 

@@ -103,7 +103,7 @@ def detect_format(files: Iterable[SourceFile], name: str, columns: Mapping[str, 
     Raises:
         InputError: if they fit no format; the columns are named.
     """
-    first_fault = ""
+    files, first_fault = list(files), ""
     for record in _records(files):
         if record.value is None:
             first_fault = first_fault or f" ({record.where}: {record.problem})"
@@ -119,7 +119,8 @@ def detect_format(files: Iterable[SourceFile], name: str, columns: Mapping[str, 
             f'dataset "{name}" ({record.where}): the columns ({shown}) fit no format. Map them with '
             f"datasets[].columns, such as columns: {{prompt: question}}. Formats and their fields: {known}"
         )
-    raise InputError(f'dataset "{name}" has no readable rows{first_fault}. Check datasets[].source')
+    where = files[0].uri if len(files) == 1 else f"{len(files)} files"
+    raise InputError(f'dataset "{name}" ({where}) has no readable rows{first_fault}. Check datasets[].source')
 
 
 def parse_record(record: Record, format_: str, columns: Mapping[str, str]) -> Row:
@@ -138,7 +139,8 @@ def parse_record(record: Record, format_: str, columns: Mapping[str, str]) -> Ro
     if isinstance(weight, str):  # every cell of a CSV file is text
         weight = _number(weight)
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight < float("inf"):
-        raise BadRowError(f'"{columns.get("weight", "weight")}" is {kind_of(weight)}, a number of at least 0 expected')
+        shown = "a negative number" if isinstance(weight, int | float) and weight < 0 else kind_of(weight)
+        raise BadRowError(f'"{columns.get("weight", "weight")}" is {shown}, a number of at least 0 expected')
     text = responses[0].text if not prompt else None
     return Row(digest, prompt_group(prompt, text), prompt, responses, float(weight), record.where)
 

@@ -103,11 +103,13 @@ def build(facts: RunFacts, *, written: str) -> dict[str, Any]:
     """Everything that the template shows."""
     findings = find(facts)
     sentence, tone = words.verdict(facts, findings)
+    outcome, evidence = words.first_sentence(sentence)
     return {
         "name": facts.name,
         "namespace": facts.record.pipeline.namespace,
         "written": written,
-        "sentence": sentence,
+        "outcome": outcome,
+        "evidence": evidence,
         "tone": tone,
         "failures": facts.failures,
         "tiles": [_tile(finding) for finding in findings],
@@ -237,10 +239,11 @@ def _cost(facts: RunFacts) -> dict[str, Any]:
     seconds = [item.seconds for item in fresh if item.seconds is not None]
     gpu = [item.gpu_seconds for item in fresh if item.gpu_seconds is not None]
     computed = {item.name for item in fresh}
-    tokens = sum(s.manifest.tokens for s in facts.stages if s.manifest is not None and s.name in computed)
+    there = {s.name: s.manifest.tokens for s in facts.stages if s.manifest is not None}
     return {
         "seconds": sum(seconds) if seconds else None,
-        "tokens": tokens,
+        "tokens": sum(tokens for name, tokens in there.items() if name in computed),
+        "cached_tokens": sum(tokens for name, tokens in there.items() if name not in computed),
         "gpu_seconds": sum(gpu) if gpu else 0.0,
         "cached": sum(stage.outcome is not None and stage.outcome.cached for stage in facts.stages),
         "stages": len(facts.stages),

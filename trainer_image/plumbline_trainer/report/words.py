@@ -34,6 +34,12 @@ def verdict(facts: RunFacts, findings: Sequence[Finding]) -> tuple[str, str]:
     return _judged(findings)
 
 
+def first_sentence(text: str) -> tuple[str, str]:
+    """The first sentence of a verdict, which says how it went, and what it rests on."""
+    first, dot, rest = text.partition(". ")
+    return (f"{first}.", rest) if dot else (text, "")
+
+
 def _judged(findings: Sequence[Finding]) -> tuple[str, str]:
     # What was trained on proves nothing, so it decides only where there is nothing else.
     fair = [finding for finding in findings if not finding.in_sample] or findings

@@ -230,14 +230,18 @@ def notes(record: RunRecord, found: Findings) -> list[str]:
             said.append(f"{stage.name} is estimated to need {shown_bytes(need)} per accelerator, which has {memory}")
     for item in found.datasets.values():
         splits = ", ".join(f"{part.rows:,} {name}" for name, part in item.splits.items() if part.rows)
-        bad = f", {item.bad:,} bad rows skipped" if item.bad else ""
-        same = f", {item.equal_pairs:,} pairs with equal answers" if item.equal_pairs else ""
-        said.append(f"{item.name}: {item.format}, {item.rows:,} rows ({splits}){bad}{same}")
+        bad = f", {_counted(item.bad, 'bad row')} skipped" if item.bad else ""
+        same = f", {_counted(item.equal_pairs, 'pair')} with equal answers" if item.equal_pairs else ""
+        said.append(f"{item.name}: {item.format}, {_counted(item.rows, 'row')} ({splits}){bad}{same}")
     hours = [found.estimates[stage.name].gpu_hours for stage in record.stages if not found.hits[stage.name].found]
     known = [value for value in hours if value is not None]
     if any(stage.resources.gpus_per_node for stage in record.stages):
         said.append(f"about {sum(known):.2f} GPU-hours of training" if known else "GPU-hours: unknown")
     return said
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def to_plan(record: RunRecord, found: Findings) -> dict[str, Any]:
