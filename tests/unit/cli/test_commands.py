@@ -75,6 +75,8 @@ def test_status_wait_logs_and_report_read_a_local_run_by_file_and_by_name(plumbl
     assert plumbline("wait", manifest, "--timeout", "5s").out.strip() == "demo succeeded"
     assert plumbline("logs", manifest, "sft").out == "sft attempt 1 begins\n"
     assert plumbline("logs", manifest, "sft", "--tail", "0").out == ""
+    assert json.loads(plumbline("logs", manifest, "sft", "-o", "json").out) == {"lines": ["sft attempt 1 begins"]}
+    assert plumbline("logs", manifest, "sft", "-o", "json", "--follow").code == 2
     report = plumbline("report", manifest)
     assert report.code == 0
     assert report.out.strip().endswith("report.html")
@@ -227,6 +229,10 @@ def test_init_writes_what_validates_and_never_overwrites(plumbline, tmp_path, mo
     assert again.code == 2
     assert "nothing was written" in again.err
     assert manifest.read_text() == before
+    assert json.loads(plumbline("init", "third", "-o", "json").out) == {
+        "manifest": "third/pipeline.yaml",
+        "written": ["third/data/preferences.jsonl", "third/data/questions.jsonl", "third/pipeline.yaml"],
+    }
     assert plumbline("init", "other", "--name", "Not_A_Name").code == 2
     assert not (tmp_path / "other").exists()
 

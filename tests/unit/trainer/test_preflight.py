@@ -96,6 +96,9 @@ def test_findings_are_pinned_counted_and_estimated(tmp_path: Path, model: Path) 
     assert 5 < splits["train"]["tokens"]["p50"] < 64
     facts = plan["models"]["model"]
     assert (facts["architecture"], facts["layers"], facts["hidden"]) == ("llama", 2, 64)
+    assert {"keyValueHeads", "contextLength"} < set(facts), "JSON is in camelCase here as everywhere"
+    assert {"badExamples", "equalPairs"} < set(by_name["q"])
+    assert "fromCache" in plan["inputs"][0]
     sft = plan["stages"][0]
     assert sft["fingerprint"] == fingerprints(made.record, made.pins)["sft"]
     assert sft["estimate"]["steps"] == 2 * -(-splits["train"]["rows"] // 8)

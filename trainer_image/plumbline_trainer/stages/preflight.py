@@ -15,6 +15,8 @@ from plumbline_api.record import ExternalInput, RunRecord, StageRecord, fingerpr
 from plumbline_api.stagerun import PreflightFindings
 from plumbline_api.stages import STAGE_TYPES, SUITE_FORMATS
 
+from pydantic.alias_generators import to_camel
+
 from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.data.loading import split_remedy
 from plumbline_trainer.data.splits import Split
@@ -252,12 +254,12 @@ def to_plan(record: RunRecord, found: Findings) -> dict[str, Any]:
         "recordDigest": record.digest(),
         "storage": {"conditionalWrites": found.conditional_writes},
         "inputs": [
-            {"name": item.name, "uri": item.uri, "kind": item.kind, **asdict(one)}
+            {"name": item.name, "uri": item.uri, "kind": item.kind, **_wire(one)}
             for item, one in zip(record.external_inputs, found.pins, strict=True)
         ],
-        "models": {name: asdict(facts) for name, facts in found.models.items()},
+        "models": {name: _wire(facts) for name, facts in found.models.items()},
         "datasets": [item.to_plan() for item in found.datasets.values()],
-        "leaks": [asdict(leak) for leak in found.leaks],
+        "leaks": [_wire(leak) for leak in found.leaks],
         "stages": [
             {
                 "name": stage.name,
@@ -271,6 +273,11 @@ def to_plan(record: RunRecord, found: Findings) -> dict[str, Any]:
         ],
         "notes": found.notes,
     }
+
+
+def _wire(value: Any) -> dict[str, Any]:
+    """A dataclass as JSON of this project is written: in camelCase."""
+    return {to_camel(key): item for key, item in asdict(value).items()}
 
 
 def _known(value: Estimate) -> dict[str, Any]:
