@@ -14,7 +14,6 @@ from plumbline_api.quantities import parse_quantity
 from plumbline_api.record import ExternalInput, RunRecord, StageRecord, fingerprints
 from plumbline_api.stagerun import PreflightFindings
 from plumbline_api.stages import STAGE_TYPES, SUITE_FORMATS
-
 from pydantic.alias_generators import to_camel
 
 from plumbline_trainer.context import StageContext, StageOutput
