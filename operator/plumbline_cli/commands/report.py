@@ -69,13 +69,22 @@ def _report_cluster(target: ClusterTarget, *, open_: bool, save: Path | None, ou
         raise CommandError(f"{target.name} has no report yet: it is {phase}; one is written when a run ends", NOT_FOUND)
     if save is not None or open_:
         path = save or Path(f"{target.name}-report.html")
-        _download(uri, (body.get("spec") or {}).get("storage") or {}, path)
+        _download(uri, _storage_of(target, body), path)
         if open_:
             webbrowser.open(path.absolute().as_uri())
     if output is Format.TEXT:
         out().print(uri if save is None else f"{uri} saved as {save}", soft_wrap=True)
     else:
         print_document({"report": uri}, output)
+
+
+def _storage_of(target: ClusterTarget, body: dict[str, Any]) -> dict[str, Any]:
+    """Endpoint and region of a run's storage: the pipeline's own, else its runtime's, else what this shell says."""
+    own = (body.get("spec") or {}).get("storage")
+    if own:
+        return dict(own)
+    runtime = (body.get("status") or {}).get("runtime")
+    return (target.cluster.runtime_storage(runtime) if runtime else None) or {}
 
 
 def _download(uri: str, storage: dict[str, Any], path: Path) -> None:
@@ -93,6 +102,7 @@ def _download(uri: str, storage: dict[str, Any], path: Path) -> None:
         client.download_file(bucket, key, str(path))
     except (BotoCoreError, ClientError) as error:
         raise CommandError(
-            f"{uri} cannot be read with the credentials of this shell (AWS_ACCESS_KEY_ID, …): {error}",
+            f"{uri} cannot be read from {client.meta.endpoint_url} with the credentials of this shell "
+            f"(AWS_ACCESS_KEY_ID, …; another endpoint: AWS_ENDPOINT_URL): {error}",
             NOT_FOUND,
         ) from None
