@@ -40,7 +40,7 @@ def run(
     """Run a pipeline on this machine: stages as processes, a folder as storage, no cluster.
 
     What is in storage already is not computed again. Ctrl-C stops after a checkpoint and the same call goes on from
-    there; a second Ctrl-C stops at once. The trainer has to be installed: pip install 'plumbline[trainer]'.
+    there; a second Ctrl-C stops at once. The trainer has to be installed: pip install '.[trainer]' in a checkout.
     """
     from plumbline_cli.display.ending import print_ending
     from plumbline_cli.display.live import display_for

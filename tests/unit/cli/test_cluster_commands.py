@@ -127,7 +127,7 @@ def test_without_the_client_the_remedy_is_named(plumbline, cluster: ApiStub, mon
     monkeypatch.setattr(builtins, "__import__", without_kubernetes)
     ended = plumbline("status", "demo")
     assert ended.code == 3
-    assert "pip install 'plumbline[operator]'" in ended.err
+    assert "pip install '.[operator]'" in ended.err
 
 
 def test_suspend_resume_and_retry_patch_the_spec(plumbline, cluster: ApiStub):
