@@ -27,7 +27,7 @@ class Cluster:
             from kubernetes import client, config
         except ImportError:
             raise CommandError(
-                "commands for a cluster need the Kubernetes client: pip install '.[operator]' in a checkout of Plumbline. "
+                "commands for a cluster need the Kubernetes client: pip install '.[operator]' in a checkout. "
                 "For a local run name its manifest file, or add --storage DIR",
                 NOT_FOUND,
             ) from None
