@@ -94,6 +94,8 @@ def change_text(finding: Finding) -> str:
         moved, low, high = (f"{100 * (value - 1):+.1f}" for value in (change.value, change.lower, change.upper))
         return f"change {moved}\u00a0% ({low} to {high})".replace("-", "−")
     moved, low, high = (f"{100 * value:+.0f}" for value in (change.value, change.lower, change.upper))
+    if {moved, low, high} <= {"+0", "-0"}:
+        return "no change"
     return f"change {moved} points ({low} to {high})".replace("-", "−")
 
 
