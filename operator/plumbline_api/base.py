@@ -18,10 +18,12 @@ EXTERNAL_INPUTS_MAX = 48
 
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 
+LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
 DURATION_PATTERN = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$"
 PATTERN_WORDS = {
     NAME_PATTERN: "small letters, digits and dashes, with a letter first and no dash at the end",
+    LABEL_PATTERN: "small letters, digits and dashes, with no dash at either end",
     QUANTITY_PATTERN: "a quantity such as 500m, 4 or 16Gi",
     DURATION_PATTERN: "a duration such as 90s, 30m or 1h30m",
     r"^https?://": "a URL that begins with https:// or http://",

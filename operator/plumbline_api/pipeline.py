@@ -10,6 +10,7 @@ from plumbline_api.artifacts import DatasetFormat
 from plumbline_api.base import (
     EXTERNAL_INPUTS_MAX,
     GROUP_VERSION,
+    LABEL_PATTERN,
     NAME_PATTERN,
     PIPELINE_NAME_MAX,
     STAGES_MAX,
@@ -141,7 +142,7 @@ class PipelineMetadata(Contract):
 
     name: Annotated[str, Field(pattern=NAME_PATTERN, max_length=PIPELINE_NAME_MAX)]
     """Name of the pipeline."""
-    namespace: Annotated[str, Field(max_length=63)] | None = None
+    namespace: Annotated[str, Field(pattern=LABEL_PATTERN, max_length=63)] | None = None
     """Namespace of the pipeline."""
     uid: str | None = None
     """Identity given by the API server."""

@@ -9,7 +9,7 @@ import typer
 
 from plumbline_cli.commands.options import Context, Namespace, Output, PipelineChoice, Storage, Target
 from plumbline_cli.commands.targets import ClusterTarget, LocalTarget, find_target
-from plumbline_cli.exits import NOT_FOUND, CommandError
+from plumbline_cli.exits import BAD_INPUT, NOT_FOUND, CommandError
 from plumbline_cli.output import Format, out, print_document
 
 
@@ -46,6 +46,11 @@ def _report_local(target: LocalTarget, *, open_: bool, save: Path | None, output
             f"{target.folder.name} has no report: it is {target.state.status.phase}; one is written when a run ends",
             NOT_FOUND,
         )
+    if save is not None:
+        try:
+            shutil.copyfile(path, save)
+        except OSError as error:
+            raise CommandError(f"--save {save}: {error.strerror}", BAD_INPUT) from None
     summary = read_summary(target.folder)
     if output is not Format.TEXT:
         print_document({"report": str(path), "summary": summary}, output)
@@ -53,8 +58,6 @@ def _report_local(target: LocalTarget, *, open_: bool, save: Path | None, output
         out().print(str(path), soft_wrap=True)
         if summary is not None:
             print_figures(out(), summary)
-    if save is not None:
-        shutil.copyfile(path, save)
     if open_:
         webbrowser.open(path.as_uri())
 

@@ -65,6 +65,8 @@ def open_session(
     base = Path.cwd() if file == STDIN else Path(file).absolute().parent
     body, notes = localise(document.body, base, gpus=count_gpus())
     root, remarks = choose_storage(document.body, base, storage, DEFAULT_STORAGE)
+    if root.exists() and not root.is_dir():
+        raise CommandError(f"{root} is a file; results need a folder. Name one with --storage")
     local = Document(document.file, _named(body, name, namespace), document.node)
     pipeline = parse_pipeline(local)
     if problems := check(pipeline, place="local"):

@@ -136,6 +136,27 @@ def test_validate_prints_problems_for_programs_too(plumbline, manifest, tmp_path
     assert problem["line"] > 0
 
 
+def test_validate_looks_at_every_file(plumbline, manifest, tmp_path):
+    ended = plumbline("validate", "none.yaml", tmp_path, manifest, "-o", "json")
+    assert ended.code == 2
+    assert [problem["message"] for problem in json.loads(ended.out)["problems"]] == [
+        "there is no such file",
+        "this is a folder; name the manifest file in it",
+    ]
+    assert plumbline("validate", "none.yaml", manifest).code == 3
+
+
+def test_storage_and_namespace_stay_where_they_belong(plumbline, manifest, tmp_path):
+    (tmp_path / "file").write_text("")
+    ended = plumbline("run", manifest, "--storage", tmp_path / "file")
+    assert ended.code == 2
+    assert "file is a file; results need a folder. Name one with --storage" in ended.err
+    ended = plumbline("run", manifest, "-n", "../../elsewhere")
+    assert ended.code == 2
+    assert 'metadata.namespace: "../../elsewhere" must be small letters' in ended.err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_plan_tells_what_runs_and_leaves_no_run_behind(plumbline, manifest, tmp_path):
     first = plumbline("plan", manifest)
     assert first.code == 0, first.err
