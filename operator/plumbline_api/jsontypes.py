@@ -67,7 +67,11 @@ def _mismatches(value: Any, schema: Schema, definitions: Schema, path: str) -> I
     is_nullable = any(option.get("type") == "null" for option in schema.get("anyOf", ()))
     schema = _resolved(schema, definitions)
     type_ = schema.get("type")
-    if type_ not in _WANTED or schema.get("x-plumbline-quantity"):
+    if schema.get("x-plumbline-quantity"):
+        if isinstance(value, float):  # a whole number or text, says the API server
+            yield Problem(path, f'{described(value)}; write it as text: "{value:g}"')
+        return
+    if type_ not in _WANTED:
         return
     if value is None:
         if type_ == "object":

@@ -134,6 +134,10 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"stages": stages_with(1, resources={"memory": "lots"})},
         ['spec.stages[1].resources.memory: "lots" must be a quantity such as 500m, 4 or 16Gi'],
     ),
+    "a fraction as a quantity": (
+        {"stages": stages_with(1, resources={"cpu": 0.5, "memory": 4})},
+        ['spec.stages[1].resources.cpu: this is the number 0.5; write it as text: "0.5"'],
+    ),
     "a name that is none": (
         {"stages": stages_with(1, name="Größe")},
         [

@@ -83,6 +83,8 @@ def test_status_wait_logs_and_report_read_a_local_run_by_file_and_by_name(plumbl
     saved = manifest.parent / "copy.html"
     assert plumbline("report", manifest, "--save", saved).code == 0
     assert saved.read_text() == "<p>report</p>"
+    unsaved = plumbline("report", manifest, "--save", "/nowhere/copy.html")
+    assert (unsaved.code, unsaved.err.strip()) == (2, "--save /nowhere/copy.html: No such file or directory")
 
 
 def test_what_is_not_there_is_code_3_with_a_remedy(plumbline, manifest):
