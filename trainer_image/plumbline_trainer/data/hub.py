@@ -215,5 +215,8 @@ class _Explained:
                 f'"{self._uri}": the Hub knows no such revision. Name a branch, a tag or a commit after @'
             ) from error
         raise TransientError(
-            f'"{self._uri}": the Hub does not answer ({name}: {error})', reason="HubUnavailable"
+            f'"{self._uri}": the Hub does not answer ({name}: {error}). See whether it can be '
+            "reached from here (a proxy, or a mirror by HF_ENDPOINT or the runtime's hubEndpoint), or copy it to "
+            "storage and name it there",
+            reason="HubUnavailable",
         ) from error
