@@ -68,3 +68,17 @@ FORMAT_DESCRIPTIONS: dict[str, str] = {
     "ranked": "ranked rows (prompt, completions)",
     "auto": "rows of a format that preflight detects",
 }
+
+_COMMON_FIELDS = ("weight",)
+FORMAT_FIELDS: dict[str, tuple[str, ...]] = {
+    "text": ("text", *_COMMON_FIELDS),
+    "instruction": ("instruction", "output", "input", *_COMMON_FIELDS),
+    "contextResponse": ("context", "response", *_COMMON_FIELDS),
+    "dialogue": ("dialogue", "text", *_COMMON_FIELDS),
+    "messages": ("messages", *_COMMON_FIELDS),
+    "promptCompletion": ("prompt", "completion", *_COMMON_FIELDS),
+    "preference": ("chosen", "rejected", "prompt", "margin", *_COMMON_FIELDS),
+    "unpaired": ("prompt", "completion", "label", *_COMMON_FIELDS),
+    "ranked": ("prompt", "completions", *_COMMON_FIELDS),
+}
+"""Fields of a format's rows, for which `columns` may name other columns."""

@@ -18,6 +18,18 @@ EXTERNAL_INPUTS_MAX = 48
 
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 
+LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
+DURATION_PATTERN = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$"
+PATTERN_WORDS = {
+    NAME_PATTERN: "small letters, digits and dashes, with a letter first and no dash at the end",
+    LABEL_PATTERN: "small letters, digits and dashes, with no dash at either end",
+    QUANTITY_PATTERN: "a quantity such as 500m, 4 or 16Gi",
+    DURATION_PATTERN: "a duration such as 90s, 30m or 1h30m",
+    r"^https?://": "a URL that begins with https:// or http://",
+}
+"""What a pattern asks for, in words."""
+
 Name = Annotated[
     str,
     StringConstraints(pattern=NAME_PATTERN, min_length=1, max_length=STAGE_NAME_MAX),
@@ -28,11 +40,11 @@ Uri = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Quantity = Annotated[
     str,
-    StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$", max_length=32),
+    StringConstraints(pattern=QUANTITY_PATTERN, max_length=32),
     Field(json_schema_extra={"x-plumbline-quantity": True}, coerce_numbers_to_str=True),
 ]
 """A Kubernetes resource quantity, such as `500m` or `16Gi`."""
-Duration = Annotated[str, StringConstraints(pattern=r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$", max_length=32)]
+Duration = Annotated[str, StringConstraints(pattern=DURATION_PATTERN, max_length=32)]
 """A metav1 duration, such as `90s` or `1h30m`."""
 
 

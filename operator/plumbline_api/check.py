@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Literal
 
-from plumbline_api.artifacts import FORMAT_DESCRIPTIONS, ArtifactKind
+from plumbline_api.artifacts import FORMAT_DESCRIPTIONS, FORMAT_FIELDS, ArtifactKind
 from plumbline_api.errors import Problem
 from plumbline_api.graph import BASE_MODEL, Reference, find_cycle, references, yields
 from plumbline_api.names import IMPLICIT_STAGES
@@ -36,11 +36,22 @@ def check(
     spec = pipeline.spec
     problems = [*_check_names(spec)]
     if not problems:
-        problems += [*_check_references(spec), *_check_merges(spec)]
-        problems += [*_check_training_splits(spec), *_check_evaluation_splits(spec)]
+        problems += [
+            *_check_references(spec),
+            *_check_merges(spec),
+            *_check_training_splits(spec),
+            *_check_evaluation_splits(spec),
+            *_check_columns(spec),
+            *_check_gates(spec),
+        ]
     if not problems and (cycle := find_cycle(spec)) is not None:
         index = next(i for i, stage in enumerate(spec.stages) if stage.name == cycle[0])
-        problems.append(Problem(f"spec.stages[{index}]", f"the stages form a cycle: {' → '.join(cycle)}"))
+        problems.append(
+            Problem(
+                f"spec.stages[{index}]",
+                f"the stages form a cycle: {' → '.join(cycle)}. Take one of these references (model, after, …) out",
+            )
+        )
     problems += _check_sources(spec, place)
     if place != "local":
         problems += _check_storage(spec, runtime, place)
@@ -184,6 +195,35 @@ def _check_evaluation_splits(spec: PipelineSpec) -> Iterator[Problem]:
             )
 
 
+def _check_columns(spec: PipelineSpec) -> Iterator[Problem]:
+    for index, dataset in enumerate(spec.datasets):
+        known = FORMAT_FIELDS.get(dataset.format, ())
+        for column in dataset.columns if known else ():
+            if column not in known:
+                close = difflib.get_close_matches(column, known, n=1)
+                hint = f"Did you mean {close[0]}?" if close else f"Its fields: {', '.join(known)}"
+                yield Problem(
+                    f"spec.datasets[{index}].columns.{column}",
+                    f'format {dataset.format} has no field "{column}". {hint}',
+                )
+
+
+def _check_gates(spec: PipelineSpec) -> Iterator[Problem]:
+    for index, stage in enumerate(spec.stages):
+        measured = [suite.choice for suite in stage.evaluate.suites if suite.samples is None] if stage.evaluate else []
+        for number, gate in enumerate(stage.gates):
+            here = f"spec.stages[{index}].gates[{number}]"
+            if gate.at_least is not None and gate.at_most is not None and gate.at_least > gate.at_most:
+                yield Problem(here, f"no value is at least {gate.at_least:g} and at most {gate.at_most:g}")
+            name = gate.metric.partition(".")[0]
+            if stage.evaluate is None or name in measured:
+                continue
+            close = difflib.get_close_matches(name, measured, n=1)
+            suites = ", ".join(dict.fromkeys(measured)) or "nothing that has a figure"
+            hint = f"Did you mean {close[0]}?" if close else f"Its suites measure: {suites}"
+            yield Problem(f"{here}.metric", f'"{gate.metric}" is not measured by this stage. {hint}')
+
+
 def _unknown(path: str, name: str, noun: str, known: list[str], *, is_other: bool) -> Problem:
     if is_other:
         other = "dataset" if noun == "stage" else "stage"
@@ -225,7 +265,8 @@ def _check_sources(spec: PipelineSpec, place: Place) -> Iterator[Problem]:
         elif scheme != "hf" and not rest.split("?")[0].endswith((*DATASET_SUFFIXES, "*", "/")):
             yield Problem(
                 path,
-                f'"{dataset.source}": the suffix says how rows are stored; known are {", ".join(DATASET_SUFFIXES)}',
+                f'"{dataset.source}": the suffix says how rows are stored; known are {", ".join(DATASET_SUFFIXES)}. '
+                "A folder ends in /",
             )
 
 
@@ -233,8 +274,12 @@ def _check_model_source(path: str, source: str, place: Place) -> Iterator[Proble
     scheme, separator, rest = source.partition("://")
     if not separator or scheme not in MODEL_SCHEMES:
         shown = ", ".join(f"{s}://" for s in MODEL_SCHEMES)
-        hint = f" For a hub model write hf://{source}" if not separator and source.count("/") == 1 else ""
-        yield Problem(path, f'"{source}": models are read from {shown}.{hint}')
+        hint = ""
+        if not separator:
+            is_path = source.startswith(("/", ".", "~")) or source.count("/") != 1
+            hint = f". For a folder of this machine write file://{source}"
+            hint += "" if is_path else f", for a hub model hf://{source}"
+        yield Problem(path, f'"{source}": models are read from {shown}{hint}')
     elif scheme == "bundled" and rest not in BUNDLED_MODELS:
         yield Problem(path, f'there is no bundled model "{rest}". Bundled: {", ".join(BUNDLED_MODELS)}')
     elif scheme == "file" and place == "cluster":

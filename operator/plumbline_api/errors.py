@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from plumbline_api.base import PATTERN_WORDS
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Problem:
@@ -70,10 +72,37 @@ def _problems(error: ValidationError, model: type[BaseModel]) -> Iterator[Proble
             expected = item.get("ctx", {}).get("expected", "")
             options = [option.strip(" '") for option in str(expected).replace(" or ", ", ").split(",")]
             yield Problem(path, f"{_shown(value)} is not one of {', '.join(options)}{_suggestion(str(value), options)}")
-        elif kind == "string_pattern_mismatch":
-            yield Problem(path, f"{_shown(value)} must match {item['ctx']['pattern']}")
         else:
-            yield Problem(path, f"{_shown(value)}: {item['msg'][:1].lower()}{item['msg'][1:]}")
+            yield Problem(path, f"{_shown(value)} {_wanted(kind, value, item)}")
+
+
+_BOUNDS = {
+    "greater_than": "is too small; it must be over {gt}",
+    "greater_than_equal": "is too small; it must be at least {ge}",
+    "less_than": "is too large; it must be below {lt}",
+    "less_than_equal": "is too large; it must be at most {le}",
+    "int_parsing_size": "is too large",
+    "finite_number": "is no finite number",
+    "int_from_float": "is no whole number",
+    "string_too_long": "has {size} characters; at most {max_length} are allowed",
+    "string_too_short": "has {size} characters; at least {min_length} are needed",
+    "too_long": "has {size} entries; at most {max_length} are allowed",
+    "too_short": "has {size} entries; at least {min_length} must be there",
+}
+
+
+def _wanted(kind: str, value: Any, item: Any) -> str:
+    """What a value must be, in the words of people rather than of the parser."""
+    context = dict(item.get("ctx", {}))
+    if kind == "string_pattern_mismatch":
+        pattern = str(context.get("pattern"))
+        return f"must be {PATTERN_WORDS[pattern]}" if pattern in PATTERN_WORDS else f"must match {pattern}"
+    if kind in _BOUNDS:
+        size = len(value) if isinstance(value, str | list | dict) else 0
+        plain = {name: f"{bound:g}" if isinstance(bound, float) else bound for name, bound in context.items()}
+        return "must not be empty" if kind.endswith("_short") and not size else _BOUNDS[kind].format(**plain, size=size)
+    message = str(item["msg"])
+    return f"does not fit: {message[:1].lower()}{message[1:]}"
 
 
 def _is_union_tag(part: int | str) -> bool:
@@ -81,6 +110,8 @@ def _is_union_tag(part: int | str) -> bool:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return "the mapping" if isinstance(value, dict) else "the list"
     text = repr(value) if not isinstance(value, str) else f'"{value}"'
     return text if len(text) <= 80 else text[:77] + "…"
 

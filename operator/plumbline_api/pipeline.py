@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from plumbline_api.artifacts import DatasetFormat
 from plumbline_api.base import (
     EXTERNAL_INPUTS_MAX,
     GROUP_VERSION,
+    LABEL_PATTERN,
     NAME_PATTERN,
     PIPELINE_NAME_MAX,
     STAGES_MAX,
@@ -19,7 +20,8 @@ from plumbline_api.base import (
     Uri,
     one_of_rule,
 )
-from plumbline_api.errors import ManifestError, Problem, problems_of
+from plumbline_api.errors import ManifestError, Problem
+from plumbline_api.jsontypes import parse_strictly
 from plumbline_api.stages import Stage
 from plumbline_api.status import PipelineStatus
 
@@ -140,7 +142,7 @@ class PipelineMetadata(Contract):
 
     name: Annotated[str, Field(pattern=NAME_PATTERN, max_length=PIPELINE_NAME_MAX)]
     """Name of the pipeline."""
-    namespace: Annotated[str, Field(max_length=63)] | None = None
+    namespace: Annotated[str, Field(pattern=LABEL_PATTERN, max_length=63)] | None = None
     """Namespace of the pipeline."""
     uid: str | None = None
     """Identity given by the API server."""
@@ -181,7 +183,4 @@ class AlignmentPipeline(Contract):
                     )
                 ]
             )
-        try:
-            return cls.model_validate(given)
-        except ValidationError as error:
-            raise ManifestError(problems_of(error, cls)) from error
+        return parse_strictly(given, cls)

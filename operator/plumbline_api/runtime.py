@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from plumbline_api.base import GROUP_VERSION, Contract, Duration, Quantity
-from plumbline_api.errors import ManifestError, problems_of
+from plumbline_api.jsontypes import parse_strictly
 from plumbline_api.pipeline import ObjectName, Storage
 from plumbline_api.stages import RuntimeClass
 
@@ -198,10 +198,7 @@ class AlignmentRuntime(Contract):
         Raises:
             ManifestError: with every problem found.
         """
-        try:
-            return cls.model_validate({k: v for k, v in body.items() if k != "status"})
-        except ValidationError as error:
-            raise ManifestError(problems_of(error, cls)) from error
+        return parse_strictly({k: v for k, v in body.items() if k != "status"}, cls)
 
     def allows(self, prefixes: list[str] | None, value: str, namespace: str) -> bool:
         """Whether a URI lies under one of the prefixes; a prefix ends at a path boundary."""

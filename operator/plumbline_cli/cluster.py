@@ -15,6 +15,7 @@ from plumbline_api.names import LABEL_PIPELINE_UID, LABEL_STAGE
 from plumbline_cli.exits import BAD_INPUT, NOT_FOUND, CommandError
 
 PLURAL = "alignmentpipelines"
+RUNTIMES_PLURAL = "alignmentruntimes"
 TIMEOUT_SECONDS = 20.0
 
 
@@ -26,7 +27,7 @@ class Cluster:
             from kubernetes import client, config
         except ImportError:
             raise CommandError(
-                "commands for a cluster need the Kubernetes client: pip install 'plumbline[operator]'. "
+                "commands for a cluster need the Kubernetes client: pip install '.[operator]' in a checkout. "
                 "For a local run name its manifest file, or add --storage DIR",
                 NOT_FOUND,
             ) from None
@@ -76,6 +77,17 @@ class Cluster:
             name,
         )
         return found
+
+    def runtime_storage(self, name: str) -> dict[str, Any] | None:
+        """The storage that a runtime offers; None where it is not there, or this account may not read it."""
+        try:
+            found = self._call(
+                name, self._objects.get_cluster_custom_object, API_GROUP, API_VERSION, RUNTIMES_PLURAL, name
+            )
+        except CommandError:
+            return None
+        storage = (found.get("spec") or {}).get("storage")
+        return storage if isinstance(storage, dict) else None
 
     def patch_spec(self, name: str, changes: dict[str, Any]) -> dict[str, Any]:
         """Merge changes into the spec of a pipeline and return the object.

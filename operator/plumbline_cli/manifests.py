@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from plumbline_api.base import API_GROUP
+from plumbline_api.base import API_GROUP, GROUP_VERSION
 from plumbline_api.check import Place, check
 from plumbline_api.errors import ManifestError, Problem
 from plumbline_api.pipeline import AlignmentPipeline
@@ -20,6 +21,26 @@ from plumbline_cli.exits import BAD_INPUT, NOT_FOUND, CommandError
 
 STDIN = "-"
 KINDS = ("AlignmentPipeline", "AlignmentRuntime")
+FILE_BYTES_MAX = 3 * 2**20
+"""More than the API server takes; a larger file is something else, a dataset most likely."""
+METADATA_FIELDS = (
+    "annotations",
+    "creationTimestamp",
+    "deletionGracePeriodSeconds",
+    "deletionTimestamp",
+    "finalizers",
+    "generateName",
+    "generation",
+    "labels",
+    "managedFields",
+    "name",
+    "namespace",
+    "ownerReferences",
+    "resourceVersion",
+    "selfLink",
+    "uid",
+)
+"""Fields of an object's metadata; kubectl refuses others."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -104,10 +125,42 @@ def read_documents(file: str) -> list[Document]:
 
     Raises:
         CommandError: if the file is not there or cannot be read.
-        InvalidManifestError: if it is not YAML or a key stands twice.
+        InvalidManifestError: if it is empty, is not YAML, or a key stands twice.
     """
+    text = _read_text(file)
+    documents: list[Document] = []
     try:
-        text = sys.stdin.read() if file == STDIN else Path(file).read_text(encoding="utf-8")
+        loader = _Loader(text)
+        try:
+            while loader.check_node():
+                node = loader.get_node()
+                assert node is not None
+                if repeated := [Finding(file, line, problem) for line, problem in _repeated_keys(node, set())]:
+                    raise InvalidManifestError(repeated)
+                body = loader.construct_document(node)
+                if body is not None:
+                    documents.append(Document(file, body, node))
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise InvalidManifestError([_syntax_finding(file, error)]) from None
+    except RecursionError:
+        raise InvalidManifestError([Finding(file, None, Problem("", "nested too deeply for a manifest"))]) from None
+    if not documents:
+        message = "the file is empty; `plumbline init FOLDER` writes a manifest to start from"
+        raise InvalidManifestError([Finding(file, None, Problem("", message))])
+    return documents
+
+
+def _read_text(file: str) -> str:
+    try:
+        if file == STDIN:
+            return sys.stdin.read()
+        path = Path(file)
+        if (size := path.stat().st_size) > FILE_BYTES_MAX:
+            message = f"a manifest has at most 3 MiB, this file has {size / 2**20:,.0f} MiB; is it a dataset?"
+            raise InvalidManifestError([Finding(file, None, Problem("", message))])
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise CommandError(f"{file}: there is no such file", NOT_FOUND) from None
     except IsADirectoryError:
@@ -117,22 +170,6 @@ def read_documents(file: str) -> list[Document]:
         raise InvalidManifestError([Finding(file, None, Problem("", message))]) from None
     except OSError as error:
         raise CommandError(f"{file}: {error.strerror}", NOT_FOUND) from None
-    loader = _Loader(text)
-    documents: list[Document] = []
-    try:
-        while loader.check_node():
-            node = loader.get_node()
-            assert node is not None
-            if repeated := [Finding(file, line, problem) for line, problem in _repeated_keys(node)]:
-                raise InvalidManifestError(repeated)
-            body = loader.construct_document(node)
-            if body is not None:
-                documents.append(Document(file, body, node))
-    except yaml.YAMLError as error:
-        raise InvalidManifestError([_syntax_finding(file, error)]) from None
-    finally:
-        loader.dispose()
-    return documents
 
 
 def parse_pipeline(document: Document) -> AlignmentPipeline:
@@ -141,10 +178,14 @@ def parse_pipeline(document: Document) -> AlignmentPipeline:
     Raises:
         InvalidManifestError: with every problem found.
     """
+    problems = _object_problems(document)
     try:
-        return AlignmentPipeline.parse(document.body)
+        pipeline = AlignmentPipeline.parse(document.body)
     except ManifestError as error:
-        raise InvalidManifestError(document.locate(error.problems)) from None
+        raise InvalidManifestError(document.locate([*problems, *error.problems])) from None
+    if problems:
+        raise InvalidManifestError(document.locate(problems))
+    return pipeline
 
 
 def read_pipeline_document(file: str, name: str | None = None) -> Document:
@@ -161,11 +202,13 @@ def read_pipeline_document(file: str, name: str | None = None) -> Document:
     if len(pipelines) == 1:
         return pipelines[0]
     if pipelines:
+        if repeated := _repeated_objects(pipelines):
+            raise InvalidManifestError(repeated)
         names = ", ".join(str(_name_of(document)) for document in pipelines)
         raise CommandError(f"{file}: holds {len(pipelines)} pipelines ({names}); choose one with --pipeline NAME")
     if name is not None:
         raise CommandError(f"{file}: holds no AlignmentPipeline named {name}", NOT_FOUND)
-    if len(documents) == 1:
+    if len(documents) == 1 and documents[0].kind not in KINDS:
         raise InvalidManifestError(_unknown_kind(documents[0]))
     kinds = ", ".join(document.kind or "a document without a kind" for document in documents) or "nothing"
     raise CommandError(f"{file}: holds no AlignmentPipeline, but {kinds}")
@@ -176,7 +219,7 @@ def validate_documents(documents: list[Document], *, place: Place) -> tuple[list
 
     A pipeline is checked against its runtime where that stands among the documents too.
     """
-    findings: list[Finding] = []
+    findings = _repeated_objects(documents)
     remarks: list[str] = []
     runtimes: list[AlignmentRuntime] = []
     pipelines: list[tuple[Document, AlignmentPipeline]] = []
@@ -187,6 +230,7 @@ def validate_documents(documents: list[Document], *, place: Place) -> tuple[list
         if document.kind not in KINDS:
             findings += _unknown_kind(document)
             continue
+        findings += document.locate(_object_problems(document))
         try:
             if document.kind == "AlignmentRuntime":
                 runtimes.append(AlignmentRuntime.parse(document.body))
@@ -206,17 +250,48 @@ def _runtime_for(pipeline: AlignmentPipeline, runtimes: list[AlignmentRuntime]) 
     return next((runtime for runtime in runtimes if runtime.metadata.name == wanted), None)
 
 
+def _object_problems(document: Document) -> list[Problem]:
+    """What kubectl would refuse, although the models do not look at it."""
+    problems = []
+    if "apiVersion" not in document.body:
+        problems.append(Problem("apiVersion", f"required, but not set; write {GROUP_VERSION}"))
+    metadata = document.body.get("metadata")
+    for key in metadata if isinstance(metadata, dict) else ():
+        if key not in METADATA_FIELDS:
+            close = difflib.get_close_matches(str(key), METADATA_FIELDS, n=1)
+            hint = f"Did you mean {close[0]}?" if close else "Notes of your own go into labels or annotations"
+            problems.append(Problem(f"metadata.{key}", f"unknown field. {hint}"))
+    return problems
+
+
+def _repeated_objects(documents: list[Document]) -> list[Finding]:
+    """Objects of the same kind and name: of these kubectl would keep the last."""
+    first: dict[tuple[Any, ...], Document] = {}
+    findings: list[Finding] = []
+    for document in documents:
+        if document.kind not in KINDS or not isinstance(name := _name_of(document), str):
+            continue
+        earlier = first.setdefault((document.kind, document.body["metadata"].get("namespace"), name), document)
+        if earlier is not document:
+            where = f"{earlier.file}:{earlier.line_of('metadata.name')}"
+            message = f'"{name}" stands twice, first in {where}; choose another name for one of them'
+            findings += document.locate([Problem("metadata.name", message)])
+    return findings
+
+
 def _unknown_kind(document: Document) -> list[Finding]:
     if not isinstance(document.body, dict):
         message = f"a manifest is a mapping (apiVersion, kind, metadata, spec), this is {_noun(document.body)}"
         return document.locate([Problem("", message)])
     if document.kind is None:
         return document.locate([Problem("kind", f"required, but not set. Kinds: {', '.join(KINDS)}")])
-    return document.locate([Problem("kind", f'"{document.kind}" is not one of {", ".join(KINDS)}')])
+    close = difflib.get_close_matches(document.kind, KINDS, n=1)
+    hint = f". Did you mean {close[0]}?" if close else ""
+    return document.locate([Problem("kind", f'"{document.kind}" is not one of {", ".join(KINDS)}{hint}')])
 
 
 def _noun(value: Any) -> str:
-    return "a list" if isinstance(value, list) else "text" if isinstance(value, str) else f"a {type(value).__name__}"
+    return "a list" if isinstance(value, list) else "text" if isinstance(value, str) else f'"{value}"'
 
 
 def _name_of(document: Document) -> Any:
@@ -240,10 +315,13 @@ def _child(node: yaml.Node, part: str | int) -> tuple[int, yaml.Node] | None:
     return None
 
 
-def _repeated_keys(node: yaml.Node, path: str = "") -> Iterator[tuple[int, Problem]]:
+def _repeated_keys(node: yaml.Node, seen: set[int], path: str = "") -> Iterator[tuple[int, Problem]]:
+    if id(node) in seen:  # an alias of what has been looked at
+        return
+    seen.add(id(node))
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            yield from _repeated_keys(item, f"{path}[{index}]")
+            yield from _repeated_keys(item, seen, f"{path}[{index}]")
     elif isinstance(node, yaml.MappingNode):
         first: dict[str, int] = {}
         for key, value in node.value:
@@ -255,12 +333,12 @@ def _repeated_keys(node: yaml.Node, path: str = "") -> Iterator[tuple[int, Probl
                 message = f"stands twice, first on line {first[key.value]}; keep one of them"
                 yield line, Problem(here, message)
             first.setdefault(key.value, line)
-            yield from _repeated_keys(value, here)
+            yield from _repeated_keys(value, seen, here)
 
 
 def _syntax_finding(file: str, error: yaml.YAMLError) -> Finding:
     if not isinstance(error, yaml.MarkedYAMLError):
-        return Finding(file, None, Problem("", f"not YAML: {error}"))
+        return Finding(file, None, Problem("", f"not YAML: {' '.join(str(error).split())}"))
     mark = error.problem_mark or error.context_mark
     words = " ".join(part for part in (error.context, error.problem) if part)
     if error.context_mark is not None and mark is not None and error.context_mark.line != mark.line:

@@ -66,10 +66,6 @@ class Refusals:
         self._refused = {key: item for key, item in self._refused.items() if item.pipeline_uid != pipeline_uid}
         self._foreign = {key: uid for key, uid in self._foreign.items() if uid != pipeline_uid}
 
-    def is_refused(self, namespace: str, name: str) -> bool:
-        """Whether a Job is shown that is not there."""
-        return (namespace, name) in self._refused
-
     def foreign(self, namespace: str, pipeline_uid: str) -> list[str]:
         """Names of a pipeline's Jobs that something else holds."""
         return [name for (place, name), uid in self._foreign.items() if uid == pipeline_uid and place == namespace]

@@ -12,6 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 import yaml
 
 PREFIX = "/apis/plumbline.dev/v1alpha1/namespaces/"
+RUNTIMES = "/apis/plumbline.dev/v1alpha1/alignmentruntimes/"
 
 
 class ApiStub:
@@ -19,6 +20,7 @@ class ApiStub:
 
     def __init__(self) -> None:
         self.pipelines: dict[tuple[str, str], dict[str, Any]] = {}
+        self.runtimes: dict[str, dict[str, Any]] = {}
         self.pods: list[dict[str, Any]] = []
         self.logs: dict[str, str] = {}
         self.requests: list[tuple[str, str, Any]] = []
@@ -43,6 +45,9 @@ class ApiStub:
             if method == "PATCH":
                 found["spec"] = {**found["spec"], **body["spec"]}
             return 200, found
+        if parts.path.startswith(RUNTIMES):
+            offered = self.runtimes.get(parts.path.removeprefix(RUNTIMES))
+            return (200, offered) if offered is not None else (403, {"kind": "Status", "message": "forbidden"})
         if parts.path.endswith("/log"):
             return 200, self.logs[parts.path.split("/")[-2]]
         if parts.path.endswith("/pods"):

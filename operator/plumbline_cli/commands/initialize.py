@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
+from plumbline_cli.commands.options import Output
 from plumbline_cli.exits import BAD_INPUT, CommandError
-from plumbline_cli.output import out
+from plumbline_cli.output import Format, out, print_document
 
 MANIFEST = "pipeline.yaml"
 
@@ -21,6 +22,7 @@ def init(
         typer.Argument(metavar="[FOLDER]", help="Folder to write to; made if it is not there.", show_default=False),
     ] = Path(),
     name: Annotated[str, typer.Option("--name", metavar="NAME", help="Name of the pipeline.")] = "first-steps",
+    output: Output = Format.TEXT,
 ) -> None:
     """Write a commented manifest and small data to start from. Files that are there already are never touched."""
     from plumbline_api.errors import ManifestError
@@ -44,8 +46,12 @@ def init(
     for path, text in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text, encoding="utf-8")
-        out().print(f"wrote {folder / path}")
     manifest = folder / MANIFEST
+    if output is not Format.TEXT:
+        print_document({"manifest": str(manifest), "written": [str(folder / path) for path in files]}, output)
+        return
+    for path in files:
+        out().print(f"wrote {folder / path}")
     out().print(f"\nnext:\n  plumbline validate {manifest}\n  plumbline plan {manifest}\n  plumbline run {manifest}")
 
 

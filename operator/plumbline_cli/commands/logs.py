@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plumbline_cli.commands.options import Context, Namespace, PipelineChoice, Storage, Target
+from plumbline_cli.commands.options import Context, Namespace, Output, PipelineChoice, Storage, Target
 from plumbline_cli.commands.targets import ClusterTarget, LocalTarget, find_target
 from plumbline_cli.exits import BAD_INPUT, NOT_FOUND, CommandError
-from plumbline_cli.output import err
+from plumbline_cli.output import Format, err, print_document
 
 if TYPE_CHECKING:
     from plumbline_api.status import PipelineStatus
@@ -42,16 +42,25 @@ def logs(
     namespace: Namespace = None,
     context: Context = None,
     pipeline: PipelineChoice = None,
+    output: Output = Format.TEXT,
 ) -> None:
     """Print the log of a stage."""
+    if follow and output is not Format.TEXT:
+        raise CommandError("--follow prints text as it comes; leave --output out", BAD_INPUT)
     found = find_target(target, storage=storage, namespace=namespace, context=context, pipeline=pipeline)
     if isinstance(found, LocalTarget):
         lines = _local_lines(found, stage, attempt, follow=follow, tail=tail)
     else:
         lines = _cluster_lines(found, stage, attempt, follow=follow, tail=tail)
-    for line in lines:
+    if output is not Format.TEXT:
+        print_document({"lines": list(lines)}, output)
+        return
+    count = 0
+    for count, line in enumerate(lines, 1):  # noqa: B007 -- counted, to tell that there was none
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
+    if not count and tail != 0:
+        err().print("the log is empty", style="dim")
 
 
 def _local_lines(

@@ -9,7 +9,7 @@ import typer
 
 from plumbline_cli.commands.options import Context, Namespace, Output, PipelineChoice, Storage, Target
 from plumbline_cli.commands.targets import ClusterTarget, LocalTarget, find_target
-from plumbline_cli.exits import NOT_FOUND, CommandError
+from plumbline_cli.exits import BAD_INPUT, NOT_FOUND, CommandError
 from plumbline_cli.output import Format, out, print_document
 
 
@@ -46,6 +46,11 @@ def _report_local(target: LocalTarget, *, open_: bool, save: Path | None, output
             f"{target.folder.name} has no report: it is {target.state.status.phase}; one is written when a run ends",
             NOT_FOUND,
         )
+    if save is not None:
+        try:
+            shutil.copyfile(path, save)
+        except OSError as error:
+            raise CommandError(f"--save {save}: {error.strerror}", BAD_INPUT) from None
     summary = read_summary(target.folder)
     if output is not Format.TEXT:
         print_document({"report": str(path), "summary": summary}, output)
@@ -53,8 +58,6 @@ def _report_local(target: LocalTarget, *, open_: bool, save: Path | None, output
         out().print(str(path), soft_wrap=True)
         if summary is not None:
             print_figures(out(), summary)
-    if save is not None:
-        shutil.copyfile(path, save)
     if open_:
         webbrowser.open(path.as_uri())
 
@@ -69,13 +72,22 @@ def _report_cluster(target: ClusterTarget, *, open_: bool, save: Path | None, ou
         raise CommandError(f"{target.name} has no report yet: it is {phase}; one is written when a run ends", NOT_FOUND)
     if save is not None or open_:
         path = save or Path(f"{target.name}-report.html")
-        _download(uri, (body.get("spec") or {}).get("storage") or {}, path)
+        _download(uri, _storage_of(target, body), path)
         if open_:
             webbrowser.open(path.absolute().as_uri())
     if output is Format.TEXT:
         out().print(uri if save is None else f"{uri} saved as {save}", soft_wrap=True)
     else:
         print_document({"report": uri}, output)
+
+
+def _storage_of(target: ClusterTarget, body: dict[str, Any]) -> dict[str, Any]:
+    """Endpoint and region of a run's storage: the pipeline's own, else its runtime's, else what this shell says."""
+    own = (body.get("spec") or {}).get("storage")
+    if own:
+        return dict(own)
+    runtime = (body.get("status") or {}).get("runtime")
+    return (target.cluster.runtime_storage(runtime) if runtime else None) or {}
 
 
 def _download(uri: str, storage: dict[str, Any], path: Path) -> None:
@@ -93,6 +105,7 @@ def _download(uri: str, storage: dict[str, Any], path: Path) -> None:
         client.download_file(bucket, key, str(path))
     except (BotoCoreError, ClientError) as error:
         raise CommandError(
-            f"{uri} cannot be read with the credentials of this shell (AWS_ACCESS_KEY_ID, …): {error}",
+            f"{uri} cannot be read from {client.meta.endpoint_url} with the credentials of this shell "
+            f"(AWS_ACCESS_KEY_ID, …; another endpoint: AWS_ENDPOINT_URL): {error}",
             NOT_FOUND,
         ) from None

@@ -40,7 +40,7 @@ def run(
     """Run a pipeline on this machine: stages as processes, a folder as storage, no cluster.
 
     What is in storage already is not computed again. Ctrl-C stops after a checkpoint and the same call goes on from
-    there; a second Ctrl-C stops at once. The trainer has to be installed: pip install 'plumbline[trainer]'.
+    there; a second Ctrl-C stops at once. The trainer has to be installed: pip install '.[trainer]' in a checkout.
     """
     from plumbline_cli.display.ending import print_ending
     from plumbline_cli.display.live import display_for
@@ -73,13 +73,8 @@ def run(
             )
             with _Signals(runner):
                 status = runner.run()
-    again = ["plumbline", "run", file]
-    again += ["--storage", str(storage)] if storage is not None else []
-    again += ["--name", name] if name is not None else []
-    again += ["--namespace", namespace] if namespace is not None else []
-    again += ["--pipeline", pipeline] if pipeline is not None else []
     if output is Format.TEXT:
-        print_ending(console, session, runner.state, again)
+        print_ending(console, session, runner.state)
     else:
         print_document(document_of(runner.state.body, status.to_wire()), output)
     if runner.interrupted:

@@ -41,5 +41,4 @@ def status(
         and state.phase not in ("Succeeded", "Failed", "Refused")
         and not found.is_running
     ):
-        manifest = found.state.manifest or "FILE"
-        err().print(f"  nobody runs it right now; it goes on with: plumbline run {manifest}", style="dim")
+        err().print(f"  nobody runs it right now; it goes on with: {found.command_to_go_on}", style="dim")

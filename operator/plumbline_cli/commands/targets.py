@@ -29,6 +29,13 @@ class LocalTarget:
 
         return is_locked(self.folder.lock_file)
 
+    @property
+    def command_to_go_on(self) -> str:
+        """What to type so that it goes on."""
+        from plumbline_cli.local.session import command_to_go_on
+
+        return command_to_go_on(self.folder, self.state)
+
     def again(self) -> LocalTarget:
         """The target as it is now on disk."""
         state = self.folder.load()

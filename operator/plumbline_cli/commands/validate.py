@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from plumbline_cli.commands.options import Output
-from plumbline_cli.exits import BAD_INPUT
+from plumbline_cli.exits import BAD_INPUT, OK, CommandError
 from plumbline_cli.output import Format, err, out, print_document
 
 
@@ -30,15 +30,20 @@ def validate(
     output: Output = Format.TEXT,
 ) -> None:
     """Check manifests: fields, references, and whether each stage takes what its inputs yield."""
+    from plumbline_api.errors import Problem
+
     from plumbline_cli.manifests import Finding, InvalidManifestError, read_documents, validate_documents
 
     findings: list[Finding] = []
-    documents = []
+    documents, code = [], OK
     for file in files:
         try:
             documents += read_documents(file)
         except InvalidManifestError as error:
             findings += error.findings
+        except CommandError as error:  # not there, or not to be read: the other files are looked at all the same
+            findings.append(Finding(file, None, Problem("", str(error).removeprefix(f"{file}: "))))
+            code = error.code
     found, remarks = validate_documents(documents, place=where.value)
     findings += found
     if output is not Format.TEXT:
@@ -53,4 +58,4 @@ def validate(
             names = [f"{d.kind} {d.body['metadata']['name']}" for d in documents if d.group == "plumbline.dev"]
             out().print(f"valid: {', '.join(names)}" if names else "nothing to check")
     if findings:
-        raise typer.Exit(BAD_INPUT)
+        raise typer.Exit(code or BAD_INPUT)

@@ -57,7 +57,7 @@ def wait(
         if isinstance(found, LocalTarget) and not found.is_running and watch.is_settled():
             raise CommandError(
                 f"nobody runs {found.folder.name} right now, so waiting is in vain; "
-                f"it goes on with: plumbline run {found.state.manifest or 'FILE'}",
+                f"it goes on with: {found.command_to_go_on}",
                 RUN_FAILED,
             )
         pause = POLL_SECONDS[isinstance(found, LocalTarget)]

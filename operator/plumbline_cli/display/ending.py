@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from plumbline_api.names import FINALIZE, PREFLIGHT
@@ -16,15 +13,15 @@ from plumbline_cli.display.figures import figure_notes, figures_table
 from plumbline_cli.display.overview import complaints
 from plumbline_cli.display.words import duration, moment, plural, symbols
 from plumbline_cli.local.results import find_model, find_report, read_summary
-from plumbline_cli.local.session import Session
+from plumbline_cli.local.session import Session, command_to_go_on, shown
 from plumbline_cli.local.state import LocalState
 
 
-def print_ending(console: Console, session: Session, state: LocalState, again: Sequence[str]) -> None:
-    """Print how a run has ended; `again` is the command that goes on with it."""
+def print_ending(console: Console, session: Session, state: LocalState) -> None:
+    """Print how a run has ended, and the command that goes on with it."""
     signs = symbols(console)
     status = state.status
-    command = shlex.join(again)
+    command = command_to_go_on(session.folder, state)
     if status.phase == "Succeeded":
         _print_success(console, session, state)
         return
@@ -83,11 +80,3 @@ def print_figures(console: Console, summary: dict[str, Any]) -> None:
     console.print(table, soft_wrap=False)
     for note in figure_notes(summary):
         console.print(Padding(Text(note, style="dim"), (0, 0, 0, 2)), soft_wrap=False)
-
-
-def shown(path: Path) -> str:
-    """A path as people write it: relative where it lies below the current folder."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from plumbline_cli.display.ending import shown
 from plumbline_cli.display.words import number, plural, symbols
 from plumbline_cli.local.forecast import Forecast, StageForecast
+from plumbline_cli.local.session import shown
 
 
 def print_forecast(console: Console, forecast: Forecast) -> None:
@@ -63,7 +63,7 @@ def needs(estimate: dict[str, Any]) -> list[str]:
     if isinstance(steps := estimate.get("steps"), int | float) and steps:
         found.append(plural(round(steps), "step"))
     if isinstance(tokens := estimate.get("tokens"), int | float) and tokens:
-        found.append(f"about {number(tokens)} tokens")
+        found.append(f"about {plural(round(tokens), 'token')}")
     if isinstance(memory := estimate.get("memoryBytes"), int | float) and memory:
         there = machine_memory()
         found.append(f"{number(memory / 2**30)}{f' of {number(there / 2**30)}' if there else ''} GiB")

@@ -21,6 +21,8 @@ from plumbline_cli.local.runner import Observer, RunView
 PLAIN_SECONDS = 10.0
 """Least time between two plain lines about the progress of one stage."""
 REFRESH_PER_SECOND = 4.0
+TOLD_ANYWAY = ("StageFailed", "Failed", "Refused")
+"""Events whose words stand on the line of the stage and in the ending."""
 
 
 class Display(Observer, Protocol):
@@ -80,7 +82,7 @@ class LiveTable:
 
     def tell(self, event: PlannedEvent) -> None:
         """Warnings stay above the table; the rest is what the table shows."""
-        if event.type == "Warning":
+        if event.type == "Warning" and event.reason not in TOLD_ANYWAY:
             self._console.print(Text(f"  {event.reason}: {event.message}", style="yellow"))
 
     def _render(self, view: RunView) -> RenderableType:
@@ -123,7 +125,7 @@ class PlainLines:
 
     def tell(self, event: PlannedEvent) -> None:
         """Warnings get a line."""
-        if event.type == "Warning":
+        if event.type == "Warning" and event.reason not in TOLD_ANYWAY:
             self._console.print(f"{event.reason}: {event.message}")
 
     def _print_phase(self, line: StageLine) -> None:

@@ -39,7 +39,7 @@ def require_trainer() -> None:
     if missing:
         raise CommandError(
             f"runs on this machine need the trainer, and {', '.join(missing)} is not installed: "
-            "pip install 'plumbline[trainer]'",
+            "pip install '.[trainer]' in a checkout of Plumbline",
             BAD_INPUT,
         )
 

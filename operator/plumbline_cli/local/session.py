@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,8 @@ def open_session(
     base = Path.cwd() if file == STDIN else Path(file).absolute().parent
     body, notes = localise(document.body, base, gpus=count_gpus())
     root, remarks = choose_storage(document.body, base, storage, DEFAULT_STORAGE)
+    if root.exists() and not root.is_dir():
+        raise CommandError(f"{root} is a file; results need a folder. Name one with --storage")
     local = Document(document.file, _named(body, name, namespace), document.node)
     pipeline = parse_pipeline(local)
     if problems := check(pipeline, place="local"):
@@ -76,14 +79,35 @@ def open_session(
     digest = spec_digest(local.body)
     generation = 1 if before is None else before.generation + (before.spec_digest != digest)
     local.body["metadata"] |= {"uid": folder.uid, "generation": generation, "namespace": space}
+    chosen = {"--name": name, "--namespace": namespace, "--pipeline": pipeline_name}
     state = LocalState(
         manifest="" if file == STDIN else str(Path(file).absolute()),
+        options=[part for option, value in chosen.items() if value is not None for part in (option, value)],
         generation=generation,
         spec_digest=digest,
         body=local.body,
         notes=[*notes, *remarks],
     )
     return Session(parse_pipeline(local), folder, state, root)
+
+
+def command_to_go_on(folder: RunFolder, state: LocalState) -> str:
+    """What to type in the present folder so that a run goes on: the same manifest, name and storage."""
+    parts = ["plumbline", "run", shown(Path(state.manifest)) if state.manifest else STDIN, *state.options]
+    base = Path(state.manifest).parent if state.manifest else Path.cwd()
+    # The body of the state is as the manifest was, so that its storage is chosen again as it was.
+    if choose_storage(state.body, base, None, DEFAULT_STORAGE)[0] != folder.storage:
+        parts += ["--storage", shown(folder.storage)]
+    return shlex.join(parts)
+
+
+def shown(path: Path) -> str:
+    """A path as people write it: relative where it lies below the current folder."""
+    here = Path.cwd()
+    try:
+        return str(path.relative_to(here)) if here != Path(here.anchor) else str(path)
+    except ValueError:
+        return str(path)
 
 
 def _named(body: dict[str, Any], name: str | None, namespace: str | None) -> dict[str, Any]:

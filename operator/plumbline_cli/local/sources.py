@@ -11,9 +11,9 @@ from typing import Any
 def localise(body: dict[str, Any], folder: Path, *, gpus: int) -> tuple[dict[str, Any], list[str]]:
     """A copy of a manifest for a run on this machine, and remarks about what was changed.
 
-    Paths without a scheme, and `file://` with a relative path, are relative to `folder`, where the manifest lies.
-    `spec.storage`, `spec.runtimeRef` and what asks for more than this machine has are left out. A body of the wrong
-    shape is returned as it is; the schema check names what is wrong with it.
+    Paths without a scheme, and `file://` with a relative path, are relative to `folder`, where the manifest lies;
+    `~/` is the user's home. `spec.storage`, `spec.runtimeRef` and what asks for more than this machine has are left
+    out. A body of the wrong shape is returned as it is; the schema check names what is wrong with it.
     """
     local: dict[str, Any] = copy.deepcopy(body)
     spec = local.get("spec")
@@ -75,6 +75,7 @@ def _absolute(source: str, folder: Path) -> str:
     scheme, _, rest = source.partition("://")
     if scheme != "file" or not rest:
         return source
+    rest = str(Path(rest).expanduser()) + "/" * rest.endswith("/") if rest.startswith("~/") else rest
     # Joined, not resolved: a glob pattern and a symbolic link stay what they are. `/`-rooted paths win over the folder.
     path = str((folder / rest).absolute())
     return f"file://{path}/" if rest.endswith("/") else f"file://{path}"

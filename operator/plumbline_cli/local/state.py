@@ -57,6 +57,8 @@ class LocalState(Contract):
     version: int = 1
     manifest: str
     """Absolute path of the manifest file."""
+    options: list[str] = []
+    """What else of the command line says which run this is: --name, --namespace, --pipeline."""
     generation: int
     """Counts changes of the spec between calls."""
     spec_digest: str

@@ -271,7 +271,10 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "cycle": (
         {"stages": stages_with(0, model="dpo")},
-        ["spec.stages[0]: the stages form a cycle: domain → dpo → sft → domain"],
+        [
+            "spec.stages[0]: the stages form a cycle: domain → dpo → sft → domain. Take one of these references (model, "
+            "after, …) out"
+        ],
     ),
     "two stages of one name": (
         {"stages": stages_with(2, name="sft")},
@@ -290,7 +293,53 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "negative beta": (
         {"stages": stages_with(2, dpo={"dataset": "prefs", "beta": 0})},
-        ["spec.stages[2].dpo.beta: 0: input should be greater than 0"],
+        ["spec.stages[2].dpo.beta: 0 is too small; it must be over 0"],
+    ),
+    "text for a number": (
+        {"stages": stages_with(2, dpo={"dataset": "prefs", "beta": "0.1"})},
+        ['spec.stages[2].dpo.beta: this is the text "0.1"; a number is needed, without quotes'],
+    ),
+    "a switch for a number": (
+        {"stages": stages_with(1, retries=True)},
+        ["spec.stages[1].retries: this is true; a whole number is needed"],
+    ),
+    "a number for a duration": (
+        {"stages": stages_with(1, timeout=300)},
+        ["spec.stages[1].timeout: this is the number 300; write a duration such as 90s, 30m or 1h30m"],
+    ),
+    "a fraction for a whole number": (
+        {"stages": stages_with(1, retries=1.5)},
+        ["spec.stages[1].retries: 1.5 is no whole number"],
+    ),
+    "a whole number written as a fraction": ({"stages": stages_with(1, retries=2.0)}, []),
+    "a number that is none": (
+        {"stages": stages_with(2, dpo={"dataset": "prefs", "beta": float("nan")})},
+        ["spec.stages[2].dpo.beta: nan is no finite number"],
+    ),
+    "a mapping for a list": ({"stages": {}}, ["spec.stages: this is a mapping; a list is needed"]),
+    "no stages": ({"stages": []}, ["spec.stages: the list must not be empty"]),
+    "a type without its settings": (
+        {"stages": stages_with(3, merge=None)},
+        ["spec.stages[3].merge: nothing is set below it; leave the field out, or write {} for its defaults"],
+    ),
+    "an adapter without its settings": (
+        {"stages": stages_with(1, sft={"dataset": "tickets", "lora": None})},
+        ["spec.stages[1].sft.lora: nothing is set below it; leave the field out, or write {} for its defaults"],
+    ),
+    "a quantity that is none": (
+        {"stages": stages_with(1, resources={"memory": "lots"})},
+        ['spec.stages[1].resources.memory: "lots" must be a quantity such as 500m, 4 or 16Gi'],
+    ),
+    "a fraction as a quantity": (
+        {"stages": stages_with(1, resources={"cpu": 0.5, "memory": 4})},
+        ['spec.stages[1].resources.cpu: this is the number 0.5; write it as text: "0.5"'],
+    ),
+    "a name that is none": (
+        {"stages": stages_with(1, name="Größe")},
+        [
+            'spec.stages[1].name: "Größe" must be small letters, digits and dashes, with a letter first and no dash at '
+            "the end"
+        ],
     ),
     "kto on pairs with a named reference": (
         {"stages": [*STAGES, {"name": "thumbs", "kto": {"dataset": "prefs", "reference": "sft"}}]},
@@ -383,10 +432,46 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"stages": stages_with(4, gates=[{"metric": "perplexity"}])},
         ["spec.stages[4].gates[0]: a gate needs atLeast, atMost or both"],
     ),
+    "gate on what is not measured": (
+        {"stages": stages_with(4, gates=[{"metric": "winrate.lower", "atLeast": 0.5}])},
+        [
+            'spec.stages[4].gates[0].metric: "winrate.lower" is not measured by this stage. Did you mean winRate?',
+        ],
+    ),
+    "gate on a suite that is not there": (
+        {"stages": stages_with(4, gates=[{"metric": "helpfulness", "atLeast": 0.5}])},
+        [
+            'spec.stages[4].gates[0].metric: "helpfulness" is not measured by this stage. Its suites measure: perplexity, '
+            "preferenceAccuracy, winRate"
+        ],
+    ),
+    "gate on a suite of one dataset": (
+        {"stages": stages_with(4, gates=[{"metric": "perplexity.tickets.lower", "atLeast": 0.5}])},
+        [],
+    ),
+    "gate that nothing passes": (
+        {"stages": stages_with(4, gates=[{"metric": "winRate", "atLeast": 0.7, "atMost": 0.6}])},
+        ["spec.stages[4].gates[0]: no value is at least 0.7 and at most 0.6"],
+    ),
+    "a column that the format does not have": (
+        {"datasets": [DATASETS[0], DATASETS[1], {**DATASETS[2], "columns": {"choosen": "a", "question": "b"}}]},
+        [
+            'spec.datasets[2].columns.choosen: format preference has no field "choosen". Did you mean chosen?',
+            'spec.datasets[2].columns.question: format preference has no field "question". Its fields: chosen, rejected, '
+            "prompt, weight",
+        ],
+    ),
+    "a folder without its scheme": (
+        {"model": {"source": "model"}},
+        [
+            'spec.model.source: "model": models are read from hf://, s3://, pvc://, bundled://, file://. For a folder of '
+            "this machine write file://model"
+        ],
+    ),
     "hub shorthand": (
         {"model": {"source": "org/name"}},
         [
-            'spec.model.source: "org/name": models are read from hf://, s3://, pvc://, bundled://, file://. For a hub model write hf://org/name'
+            'spec.model.source: "org/name": models are read from hf://, s3://, pvc://, bundled://, file://. For a folder of this machine write file://org/name, for a hub model hf://org/name'
         ],
     ),
 }

@@ -1,6 +1,7 @@
 import builtins
 import json
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,7 +127,7 @@ def test_without_the_client_the_remedy_is_named(plumbline, cluster: ApiStub, mon
     monkeypatch.setattr(builtins, "__import__", without_kubernetes)
     ended = plumbline("status", "demo")
     assert ended.code == 3
-    assert "pip install 'plumbline[operator]'" in ended.err
+    assert "pip install '.[operator]'" in ended.err
 
 
 def test_suspend_resume_and_retry_patch_the_spec(plumbline, cluster: ApiStub):
@@ -193,3 +194,31 @@ def test_report_says_where_it_lies(plumbline, cluster: ApiStub):
     ended = plumbline("report", "demo")
     assert ended.code == 3
     assert "has no report yet: it is Running" in ended.err
+
+
+def test_report_is_fetched_from_where_the_runtime_keeps_it(plumbline, cluster: ApiStub, tmp_path, monkeypatch):
+    asked: list[tuple[str | None, str | None, str, str]] = []
+
+    class Client:
+        def __init__(self, endpoint_url: str | None, region_name: str | None) -> None:
+            self.where = (endpoint_url, region_name)
+
+        def download_file(self, bucket: str, key: str, path: str) -> None:
+            asked.append((*self.where, bucket, key))
+            Path(path).write_text("<html>")
+
+    monkeypatch.setattr("boto3.client", lambda _service, **settings: Client(**settings))
+    uri = "s3://bucket/team-a/report.html"
+    cluster.pipelines["team-a", "demo"] = pipeline(phase="Succeeded", report=uri)
+    saved = tmp_path / "r.html"
+    assert plumbline("report", "demo", "--save", saved).code == 0, "a runtime that may not be read is no obstacle"
+    cluster.runtimes["h100"] = {"spec": {"storage": {"endpoint": "https://s3.example", "region": "eu-west-1"}}}
+    assert plumbline("report", "demo", "--save", saved).code == 0
+    cluster.pipelines["team-a", "demo"]["spec"]["storage"] = {"uri": "s3://bucket", "endpoint": "https://own.example"}
+    assert plumbline("report", "demo", "--save", saved).code == 0
+    assert asked == [
+        (None, None, "bucket", "team-a/report.html"),
+        ("https://s3.example", "eu-west-1", "bucket", "team-a/report.html"),
+        ("https://own.example", None, "bucket", "team-a/report.html"),
+    ]
+    assert saved.read_text() == "<html>"

@@ -55,7 +55,7 @@ def test_a_failed_run_says_what_failed_in_the_words_of_status_and_how_to_go_on(p
     ended = plumbline("run", manifest)
     assert ended.code == 1
     assert f"✘ dpo failed. BadInput: {words}" in unwrapped(ended.out)
-    assert f"go on with: plumbline run {manifest}" in unwrapped(ended.out)
+    assert f"go on with: plumbline run {manifest.name}" in unwrapped(ended.out)
     status = plumbline("status", manifest)
     assert status.code == 0
     assert words in unwrapped(status.out)
@@ -75,12 +75,16 @@ def test_status_wait_logs_and_report_read_a_local_run_by_file_and_by_name(plumbl
     assert plumbline("wait", manifest, "--timeout", "5s").out.strip() == "demo succeeded"
     assert plumbline("logs", manifest, "sft").out == "sft attempt 1 begins\n"
     assert plumbline("logs", manifest, "sft", "--tail", "0").out == ""
+    assert json.loads(plumbline("logs", manifest, "sft", "-o", "json").out) == {"lines": ["sft attempt 1 begins"]}
+    assert plumbline("logs", manifest, "sft", "-o", "json", "--follow").code == 2
     report = plumbline("report", manifest)
     assert report.code == 0
     assert report.out.strip().endswith("report.html")
     saved = manifest.parent / "copy.html"
     assert plumbline("report", manifest, "--save", saved).code == 0
     assert saved.read_text() == "<p>report</p>"
+    unsaved = plumbline("report", manifest, "--save", "/nowhere/copy.html")
+    assert (unsaved.code, unsaved.err.strip()) == (2, "--save /nowhere/copy.html: No such file or directory")
 
 
 def test_what_is_not_there_is_code_3_with_a_remedy(plumbline, manifest):
@@ -132,6 +136,27 @@ def test_validate_prints_problems_for_programs_too(plumbline, manifest, tmp_path
     assert problem["path"] == "spec.sed"
     assert problem["message"].endswith("Did you mean seed?")
     assert problem["line"] > 0
+
+
+def test_validate_looks_at_every_file(plumbline, manifest, tmp_path):
+    ended = plumbline("validate", "none.yaml", tmp_path, manifest, "-o", "json")
+    assert ended.code == 2
+    assert [problem["message"] for problem in json.loads(ended.out)["problems"]] == [
+        "there is no such file",
+        "this is a folder; name the manifest file in it",
+    ]
+    assert plumbline("validate", "none.yaml", manifest).code == 3
+
+
+def test_storage_and_namespace_stay_where_they_belong(plumbline, manifest, tmp_path):
+    (tmp_path / "file").write_text("")
+    ended = plumbline("run", manifest, "--storage", tmp_path / "file")
+    assert ended.code == 2
+    assert "file is a file; results need a folder. Name one with --storage" in ended.err
+    ended = plumbline("run", manifest, "-n", "../../elsewhere")
+    assert ended.code == 2
+    assert 'metadata.namespace: "../../elsewhere" must be small letters' in ended.err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_plan_tells_what_runs_and_leaves_no_run_behind(plumbline, manifest, tmp_path):
@@ -190,6 +215,23 @@ def test_wait_ends_with_124_when_time_runs_out(plumbline, manifest, tmp_path):
     assert "it goes on with: plumbline run" in plumbline("status", manifest).err
 
 
+def test_how_to_go_on_names_everything_that_says_which_run_it_is(plumbline, manifest, tmp_path, monkeypatch):
+    storage = tmp_path / "else where"
+    plumbline("run", manifest, "--storage", storage, "--name", "other", "-n", "team")
+    [state] = storage.glob("team/pipelines/other/*/state.json")
+    document = json.loads(state.read_text())
+    document["status"]["phase"] = "Running"
+    state.write_text(json.dumps(document))
+    told = plumbline("status", "other", "--storage", storage, "-n", "team").err
+    monkeypatch.chdir("/")
+    inside = f"{manifest} --name other --namespace team --storage '{storage}'"
+    assert (
+        f"it goes on with: plumbline run {inside}"
+        in plumbline("status", "other", "--storage", storage, "-n", "team").err
+    )
+    assert "it goes on with: plumbline run" in told
+
+
 def test_commands_for_a_cluster_refuse_a_file(plumbline, manifest):
     for command in ("suspend", "resume", "retry"):
         ended = plumbline(command, manifest)
@@ -210,6 +252,10 @@ def test_init_writes_what_validates_and_never_overwrites(plumbline, tmp_path, mo
     assert again.code == 2
     assert "nothing was written" in again.err
     assert manifest.read_text() == before
+    assert json.loads(plumbline("init", "third", "-o", "json").out) == {
+        "manifest": "third/pipeline.yaml",
+        "written": ["third/data/preferences.jsonl", "third/data/questions.jsonl", "third/pipeline.yaml"],
+    }
     assert plumbline("init", "other", "--name", "Not_A_Name").code == 2
     assert not (tmp_path / "other").exists()
 

@@ -14,6 +14,7 @@ from plumbline_cli.display.table import StageTable
 from plumbline_cli.display.words import ASCII, UNICODE, clock, duration, number, plural, symbols
 from plumbline_cli.local.runner import RunView
 from plumbline_cli.output import out
+from plumbline_operator.snapshot import PlannedEvent
 from rich.console import Console
 from support.local_runs import pipeline_body
 
@@ -103,6 +104,19 @@ def test_plain_lines_say_each_change_once_and_progress_now_and_then(monkeypatch)
         "stopping after a checkpoint; press Ctrl-C again to stop at once",
         "✔ sft: 42 s",
     ]
+
+
+def test_a_failure_is_told_once():
+    console = Console(file=io.StringIO(), width=200, highlight=False, markup=False)
+    lines = PlainLines(console)
+    lines.show(view())
+    lines.tell(PlannedEvent("Warning", "StageFailed", "sft: BadInput: no such file"))
+    lines.show(view(status=status(phase="Failed", reason="BadInput", message="no such file")))
+    lines.tell(PlannedEvent("Warning", "Failed", "sft: BadInput: no such file"))
+    lines.tell(PlannedEvent("Warning", "StageRetried", "dpo: StorageUnavailable: no answer"))
+    text = console.file.getvalue()
+    assert text.count("no such file") == 1
+    assert "StageRetried: dpo: StorageUnavailable: no answer" in text
 
 
 def test_the_live_table_leaves_the_last_state_standing():

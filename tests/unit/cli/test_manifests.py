@@ -1,4 +1,5 @@
 import textwrap
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,51 @@ def test_a_mistake_is_named_with_file_line_and_field(tmp_path, old, new, expecte
     assert old in GOOD
     found = complaints(tmp_path, GOOD.replace(old, new, 1))
     assert any(line.startswith(expected) for line in found), found
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "p.yaml: the file is empty; `plumbline init FOLDER` writes a manifest to start from"),
+        (
+            "# only a remark\n---\n",
+            "p.yaml: the file is empty; `plumbline init FOLDER` writes a manifest to start from",
+        ),
+        ("a: " + "[" * 3000 + "]" * 3000, "p.yaml: nested too deeply for a manifest"),
+        ("a: b\0c\n", "p.yaml: not YAML: unacceptable character #x0000: special characters are not allowed in"),
+        ("- a\n", "p.yaml:1: a manifest is a mapping (apiVersion, kind, metadata, spec), this is a list"),
+        ("42\n", 'p.yaml:1: a manifest is a mapping (apiVersion, kind, metadata, spec), this is "42"'),
+        (GOOD.split("\n", 1)[1], "p.yaml:1: apiVersion: required, but not set; write plumbline.dev/v1alpha1"),
+        (GOOD.replace("  name: p\n", "  name: p\n  lables: {}\n", 1), "p.yaml:5: metadata.lables: unknown field. "),
+        (GOOD + "---\n" + GOOD, 'p.yaml:26: metadata.name: "p" stands twice, first in p.yaml:4; choose another name'),
+    ],
+)
+def test_a_file_that_is_no_manifest_is_told_so(tmp_path, text, expected):
+    assert any(line.startswith(expected) for line in complaints(tmp_path, text)), complaints(tmp_path, text)
+
+
+def test_an_object_of_two_namespaces_stands_once_in_each(tmp_path):
+    other = GOOD.replace("  name: p\n", "  name: p\n  namespace: other\n", 1)
+    assert complaints(tmp_path, GOOD + "---\n" + other) == []
+
+
+def test_a_dataset_in_place_of_a_manifest_is_not_read(tmp_path):
+    with (tmp_path / "rows.jsonl").open("wb") as file:
+        file.truncate(4 * 2**20)
+    with pytest.raises(CommandError, match="this file has 4 MiB; is it a dataset"):
+        read_documents(str(tmp_path / "rows.jsonl"))
+
+
+def test_aliases_are_looked_at_once(tmp_path):
+    levels = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghijk"))
+    [document] = read_documents(write(tmp_path, f"a: &a [x]\n{levels}"))
+    assert len(document.body["k"]) == 9
+
+
+def test_a_runtime_is_no_pipeline(tmp_path):
+    runtime = "apiVersion: plumbline.dev/v1alpha1\nkind: AlignmentRuntime\nmetadata: {name: r}\nspec: {image: i}\n"
+    with pytest.raises(CommandError, match="holds no AlignmentPipeline, but AlignmentRuntime"):
+        read_pipeline_document(write(tmp_path, runtime))
 
 
 def test_local_files_are_refused_for_a_cluster(tmp_path):

@@ -23,6 +23,21 @@ def test_paths_are_relative_to_the_manifest_and_other_sources_stay():
     assert body["spec"]["datasets"][0]["source"] == "data/a.jsonl", "the given body is not changed"
 
 
+def test_a_tilde_is_the_home_of_the_user(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    body = pipeline_body()
+    body["spec"]["model"]["source"] = "file://~/models/tiny"
+    sources = ["~/rows/*.jsonl", "file://~/folder/", "odd~/a.jsonl"]
+    body["spec"]["datasets"] = [{"name": f"d{i}", "source": source} for i, source in enumerate(sources)]
+    spec = localise(body, FOLDER, gpus=0)[0]["spec"]
+    assert spec["model"]["source"] == "file:///home/ada/models/tiny"
+    assert [dataset["source"] for dataset in spec["datasets"]] == [
+        "file:///home/ada/rows/*.jsonl",
+        "file:///home/ada/folder/",
+        "file:///work/project/odd~/a.jsonl",
+    ]
+
+
 def test_models_and_judges_are_found_beside_the_manifest_too():
     body = pipeline_body()
     body["spec"]["model"]["source"] = "file://models/tiny"

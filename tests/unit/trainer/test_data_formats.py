@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plumbline_api.artifacts import FORMAT_FIELDS
 from plumbline_trainer.data.dialogues import common_text, parse_dialogue
-from plumbline_trainer.data.formats import OPTIONAL, REQUIRED, BadRowError, parse_dataset, parse_record
+from plumbline_trainer.data.formats import EVERYWHERE, OPTIONAL, REQUIRED, BadRowError, parse_dataset, parse_record
 from plumbline_trainer.data.records import Record, SourceFile
 from plumbline_trainer.data.rows import Row
 from plumbline_trainer.errors import InputError
@@ -248,7 +250,11 @@ def test_broken_json_names_its_line_and_is_counted(tmp_path: Path) -> None:
         ("a.csv", b'text\n"open', "not CSV"),
         ("a.parquet", b"PAR1 is not enough", "not a readable Parquet file"),
         ("a.txt", b"\xff", "line 1: not UTF-8"),
-        ("a.jsonl", b"", "no readable rows"),
+        ("a.jsonl", b"", 'dataset "d" (s3://corpus/a.jsonl) has no readable rows'),
+        ("a.jsonl", b'{"text": "x\ny"}', "not JSON (invalid control character at character"),
+        ("a.jsonl", gzip.compress(b"{}"), "s3://corpus/a.jsonl is compressed by gzip. Unpack it"),
+        ("a.csv", b"a;b\n1;2\n", 'line 1: columns are separated by ";". Separate them by commas'),
+        ("a.csv", b"a\tb\n1\t2\n", "line 1: columns are separated by tabs. Separate them by commas"),
         ("a.jsonl", b"\n\n", "no readable rows"),
         ("a.bin", b"x", "the suffix says how rows are stored"),
         ("a.jsonl", b'{"question": "q", "answer": "a"}', "columns (answer, question) fit no format"),
@@ -265,6 +271,10 @@ def test_columns_are_mapped_and_checked(tmp_path: Path) -> None:
     columns = {"prompt": "q", "chosen": "good", "rejected": "bad", "weight": "w"}
     row = parse_dataset(files(tmp_path, content), "d", {"columns": columns}).rows[0]
     assert (row.prompt[0].content, row.chosen.text, row.weight) == ("Q", "A", 0.5)
+    for weight, said in ((float("nan"), "no finite number"), (-1, "a negative number"), ("heavy", "text")):
+        bad = lines({"q": "Q", "good": "A", "bad": "B", "w": weight})
+        with pytest.raises(InputError, match=f'"w" is {said}, a number of at least 0 expected'):
+            parse_dataset(files(tmp_path, bad), "d", {"columns": columns})
     with pytest.raises(InputError, match='names a field "promt"'):
         parse_dataset(files(tmp_path, content), "d", {"format": "preference", "columns": {"promt": "q"}})
     with pytest.raises(InputError, match='no column "better"; the columns are: bad, good, q, w'):
@@ -427,3 +437,8 @@ def test_words_that_only_look_like_turns_are_text() -> None:
     found = parse_dialogue("USER: what does the user: field mean?\nASSISTANT: It names the user: you.")
     assert [turn.role for turn in found] == ["user", "assistant"]
     assert parse_dialogue("A preamble. USER: hi ASSISTANT: ho")[0].role == "system"
+
+
+@pytest.mark.parametrize("format_", FORMAT_FIELDS)
+def test_the_checker_knows_the_fields_that_are_read(format_):
+    assert FORMAT_FIELDS[format_] == (*REQUIRED[format_], *OPTIONAL.get(format_, ()), *EVERYWHERE)

@@ -17,7 +17,7 @@ from moto.server import ThreadedMotoServer
 from plumbline_api.record import ExternalInput
 from plumbline_api.stagerun import StageInput
 from plumbline_trainer.context import StageContext
-from plumbline_trainer.data.hub import parse_hub
+from plumbline_trainer.data.hub import _Explained, parse_hub
 from plumbline_trainer.data.loading import load_rows
 from plumbline_trainer.data.sources import bundled_model, dataset_objects, fetch_dataset, fetch_model, model_objects
 from plumbline_trainer.errors import InputError, TransientError
@@ -80,6 +80,8 @@ def test_files_globs_and_folders_are_found_in_order(tmp_path: Path) -> None:
     assert names(f"{root}/a.jsonl") == ["a.jsonl"]
     assert names(f"{root}/*.jsonl") == ["a.jsonl", "b.jsonl"]
     assert names(root) == names(f"{root}/") == names(f"{root}/**/*.jsonl") == ["a.jsonl", "b.jsonl", "deep/c.jsonl"]
+    rows(tmp_path, "LICENSE.txt")
+    assert names(root) == ["a.jsonl", "b.jsonl", "deep/c.jsonl"], "a text beside rows is no data"
     with pytest.raises(InputError, match="README: the suffix says how rows are stored"):
         names(f"{root}/*")
     with pytest.raises(InputError, match="no file matches"):
@@ -289,3 +291,10 @@ def test_what_the_hub_says_is_explained(tmp_path: Path, hub: Hub, fault: str, ki
     context: StageContext = stage_context(tmp_path)
     with pytest.raises(kind, match=said):
         pin(context, policy("hf://org/model@main"))
+
+
+def test_a_hub_that_does_not_answer_is_transient_and_names_what_to_look_at() -> None:
+    said = r"hf://org/m.*does not answer \(ConnectionError: refused\).*hubEndpoint"
+    with pytest.raises(TransientError, match=said) as told, _Explained("hf://org/m@main"):
+        raise ConnectionError("refused")
+    assert told.value.reason == "HubUnavailable"

@@ -17,6 +17,7 @@ from plumbline_api.stagerun import StageOutcome, StageRun
 from plumbline_trainer.data.encode import encode_rows
 from plumbline_trainer.data.loading import load_rows
 from plumbline_trainer.models.loading import load_base
+from plumbline_trainer.report.words import number
 from support import tiny, trainer
 
 torch.set_num_threads(1)
@@ -287,6 +288,18 @@ def test_documents_of_a_run_that_succeeded(done, tmp_path):
             sign
         )
     assert str(pipeline.folder) in page  # where the result lies
+
+
+def test_what_was_found_in_storage_costs_nothing_and_says_what_it_cost_once(done, tmp_path):
+    pipeline, results = done
+    names = ("sft", "dpo", "final", "exam")
+    folder = finalize(pipeline, tmp_path, [outcome(pipeline, name, cached=True) for name in names])
+    page = (folder / "report.html").read_text()
+    once = sum(results[name].tokens for name in names)
+    assert "<dt>time of all stages</dt><dd>none</dd>" in page
+    assert "<dt>tokens</dt><dd>none</dd>" in page
+    assert "<dt>found in storage</dt><dd>4 of 4 stages</dd>" in page
+    assert f"<dt>tokens of those, once</dt><dd>{number(once)}</dd>" in page
 
 
 def test_documents_of_a_run_that_failed(done, tmp_path):

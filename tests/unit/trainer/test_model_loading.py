@@ -138,7 +138,10 @@ def test_missing_weights_are_not_made_up(folder):
 
 def test_other_shapes_are_refused(folder):
     change(folder, "config.json", intermediate_size=256)
-    with pytest.raises(InputError, match="do not load"):
+    shapes = (
+        r"6 weights have another shape than its config.json says \(model.layers.0.mlp.down_proj.weight: \[64, 128\]"
+    )
+    with pytest.raises(InputError, match=shapes):
         load_base(folder, "float32")
 
 
@@ -188,7 +191,7 @@ def test_a_tokenizer_alone_is_enough_for_preflight(folder):
     assert load_tokenizer(folder).template == tiny.CHAT_TEMPLATE
     assert load_config(folder).model_type == "llama"
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(InputError, match="tokenizer does not load"):
+    with pytest.raises(InputError, match="it has no tokenizer"):
         load_tokenizer(folder)
 
 

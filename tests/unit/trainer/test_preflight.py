@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -104,6 +105,9 @@ def test_findings_are_pinned_counted_and_estimated(tmp_path: Path, model: Path) 
     assert 5 < splits["train"]["tokens"]["p50"] < 64
     facts = plan["models"]["model"]
     assert (facts["architecture"], facts["layers"], facts["hidden"]) == ("llama", 2, 64)
+    assert {"keyValueHeads", "contextLength"} < set(facts), "JSON is in camelCase here as everywhere"
+    assert {"badExamples", "equalPairs"} < set(by_name["q"])
+    assert "fromCache" in plan["inputs"][0]
     sft = plan["stages"][0]
     assert sft["fingerprint"] == fingerprints(made.record, made.pins)["sft"]
     assert sft["estimate"]["steps"] == 2 * -(-splits["train"]["rows"] // 8)
@@ -337,7 +341,7 @@ def test_bad_rows_are_named_or_counted(tmp_path: Path, model: Path) -> None:
     result, code = preflight(pipeline(tmp_path, model, maxBadRows=1), 2)
     assert code == 0
     assert result.preflight is not None
-    assert any("1 bad rows skipped" in note for note in result.preflight.notes)
+    assert any("1 bad row skipped" in note for note in result.preflight.notes)
 
 
 def test_prompts_trained_on_and_tested_on_are_found(tmp_path: Path, model: Path) -> None:
@@ -434,6 +438,33 @@ def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
     assert code == 2
     assert "config.json and *.safetensors" in result.message
     assert "never loaded: convert them to safetensors" in result.message
+
+
+def damaged(model: Path, folder: Path) -> Path:
+    shutil.copytree(model, folder)
+    return folder
+
+
+def test_files_of_two_models_are_told_apart(tmp_path: Path, model: Path) -> None:
+    folder = damaged(model, tmp_path / "mixed")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 2 * config["hidden_size"]}))
+    result, code = preflight(pipeline(tmp_path, folder))
+    assert code == 2
+    assert "model.embed_tokens.weight has 24,576 numbers, config.json asks for 384 × 128" in result.message
+
+
+def test_a_model_without_its_tokenizer_is_named(tmp_path: Path, model: Path) -> None:
+    folder = damaged(model, tmp_path / "mute")
+    (folder / "tokenizer.json").unlink()
+    result, code = preflight(pipeline(tmp_path, folder))
+    assert (code, result.message) == (2, "mute: it has no tokenizer. A tokenizer.json must lie beside the weights")
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+    result, code = preflight(pipeline(tmp_path, tmp_path / "nowhere"))
+    assert code == 2
+    assert result.message.startswith(f'there is no model at "file://{tmp_path}/nowhere": no folder of that name')
 
 
 def test_another_numerics_version_is_refused(tmp_path: Path, model: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
-from plumbline_trainer.report import words
+from plumbline_trainer.report import page, words
 from plumbline_trainer.report.curves import draw_curves, smoothed
 from plumbline_trainer.report.facts import Point, RunFacts, parse_curve
 from plumbline_trainer.report.figures import Finding, Value, _direction
@@ -69,6 +70,32 @@ def test_verdicts(findings, tone, beginning):
     sentence, found = words.verdict(Ended(), findings)
     assert found == tone
     assert sentence.startswith(beginning), sentence
+
+
+def test_how_it_went_stands_before_what_it_rests_on():
+    outcome, evidence = words.first_sentence(words.verdict(Ended(), [BETTER])[0])
+    assert outcome == "It worked."
+    assert evidence.startswith("The answers of “final” beat those of the starting model in ")
+    assert words.first_sentence("It ran to the end, but nothing was measured.") == (
+        "It ran to the end, but nothing was measured.",
+        "",
+    )
+
+
+def test_a_change_that_is_none_is_called_so():
+    assert (
+        words.change_text(finding("preferenceAccuracy", (0.8, 0.3, 1), before=0.8, change=(0.0, 0.0, -0.0)))
+        == "no change"
+    )
+    moved = finding("preferenceAccuracy", (0.8, 0.3, 1), before=0.8, change=(0.2, 0.0, 0.5))
+    assert words.change_text(moved) == "change +20 points (+0 to +50)"
+
+
+def test_tokens_are_those_of_the_whole_stage_and_not_of_its_last_attempt():
+    resumed = SimpleNamespace(metrics={"tokens": 15900.0}, manifest=SimpleNamespace(tokens=492))
+    assert page._tokens(resumed) == 15900
+    measured = SimpleNamespace(metrics={}, manifest=SimpleNamespace(tokens=3560))
+    assert page._tokens(measured) == 3560
 
 
 def test_a_price_is_named():

@@ -68,6 +68,16 @@ def test_a_busy_server_is_transient(scripted: ObjectStore, status: int, code: st
     assert caught.value.reason == "StorageUnavailable"
 
 
+def test_a_server_that_is_not_there_is_named_with_what_to_look_at(scripted: ObjectStore) -> None:
+    del scripted
+    with pytest.raises(TransientError) as caught:
+        ObjectStore(endpoint="http://127.0.0.1:9").get_bytes("s3://corpus/a.jsonl")
+    assert caught.value.reason == "StorageUnavailable"
+    text = str(caught.value)
+    for part in ("s3://corpus/a.jsonl", "bucket corpus at http://127.0.0.1:9 does not answer", "storage.endpoint"):
+        assert part in text
+
+
 def test_a_conflict_is_retried_until_it_is_settled(scripted: ObjectStore) -> None:
     Script.replies[:] = [(409, "ConditionalRequestConflict"), (409, "ConditionalRequestConflict"), (200, "")]
     assert scripted.put_bytes("s3://corpus/m", b"x", if_absent=True)

@@ -106,7 +106,7 @@ def detect_format(files: Iterable[SourceFile], name: str, columns: Mapping[str, 
     Raises:
         InputError: if they fit no format; the columns are named.
     """
-    first_fault = ""
+    files, first_fault = list(files), ""
     for record in _records(files):
         if record.value is None:
             first_fault = first_fault or f" ({record.where}: {record.problem})"
@@ -122,7 +122,8 @@ def detect_format(files: Iterable[SourceFile], name: str, columns: Mapping[str, 
             f'dataset "{name}" ({record.where}): the columns ({shown}) fit no format. Map them with '
             f"datasets[].columns, such as columns: {{prompt: question}}. Formats and their fields: {known}"
         )
-    raise InputError(f'dataset "{name}" has no readable rows{first_fault}. Check datasets[].source')
+    where = files[0].uri if len(files) == 1 else f"{len(files)} files"
+    raise InputError(f'dataset "{name}" ({where}) has no readable rows{first_fault}. Check datasets[].source')
 
 
 def parse_record(record: Record, format_: str, columns: Mapping[str, str]) -> Row:
@@ -137,9 +138,7 @@ def parse_record(record: Record, format_: str, columns: Mapping[str, str]) -> Ro
     prompt, responses = PARSERS[format_](fields)
     identity = [[m.role, m.content] for m in prompt], [[m.role, m.content] for r in responses for m in r.messages]
     digest = hashlib.sha256(json.dumps(identity, ensure_ascii=True).encode()).hexdigest()[:16]
-    weight = _finite(fields, "weight", columns) if "weight" in fields else 1.0
-    if weight < 0:
-        raise BadRowError(f'"{columns.get("weight", "weight")}" is {weight:g}, a number of at least 0 expected')
+    weight = _finite(fields, "weight", columns, positive=True) if "weight" in fields else 1.0
     margin = 0.0 if fields.get("margin") is None else _finite(fields, "margin", columns)
     text = responses[0].text if not prompt else None
     return Row(digest, prompt_group(prompt, text), prompt, responses, weight, record.where, margin)
@@ -198,12 +197,14 @@ def _text(fields: Mapping[str, Any], name: str, *, may_be_empty: bool = False) -
     return value
 
 
-def _finite(fields: Mapping[str, Any], name: str, columns: Mapping[str, str]) -> float:
+def _finite(fields: Mapping[str, Any], name: str, columns: Mapping[str, str], *, positive: bool = False) -> float:
     value = fields[name]
     if isinstance(value, str):  # every cell of a CSV file is text
         value = _number(value)
-    if not is_number(value):
-        raise BadRowError(f'"{columns.get(name, name)}" is {kind_of(value)}, a finite number expected')
+    if not is_number(value) or (positive and value < 0):
+        shown = "a negative number" if is_number(value) else kind_of(value)
+        wanted = "a number of at least 0" if positive else "a finite number"
+        raise BadRowError(f'"{columns.get(name, name)}" is {shown}, {wanted} expected')
     return float(value)
 
 

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plumbline_api.check import DATASET_SUFFIXES
 from plumbline_api.stagerun import StageInput
 
-from plumbline_trainer.data.records import SourceFile
+from plumbline_trainer.data.records import SourceFile, data_files
 from plumbline_trainer.errors import InputError, TransientError
 from plumbline_trainer.storage import uris
 from plumbline_trainer.storage.manifests import ManifestFile, download, read_json
@@ -168,10 +167,8 @@ def _download(reference: HubReference, commit: str, folder: Path, uri: str) -> P
         if reference.kind == "model":
             wanted = [name for name in names if MODEL_FILES.fullmatch(name)]
         else:
-            wanted = [
-                name for name in names if name.lower().endswith(tuple(DATASET_SUFFIXES)) and "/." not in f"/{name}"
-            ]
-            wanted = [name for name in wanted if not name.lower().endswith("readme.md")]
+            visible = [name for name in names if "/." not in f"/{name}" and not name.lower().endswith("readme.md")]
+            wanted = data_files(visible)
         if not wanted or (reference.kind == "model" and not any(name.endswith(".safetensors") for name in wanted)):
             raise InputError(
                 f'"{uri}" holds no {"safetensors" if reference.kind == "model" else "rows"} that can be read'
@@ -218,5 +215,8 @@ class _Explained:
                 f'"{self._uri}": the Hub knows no such revision. Name a branch, a tag or a commit after @'
             ) from error
         raise TransientError(
-            f'"{self._uri}": the Hub does not answer ({name}: {error})', reason="HubUnavailable"
+            f'"{self._uri}": the Hub does not answer ({name}: {error}). See whether it can be '
+            "reached from here (a proxy, or a mirror by HF_ENDPOINT or the runtime's hubEndpoint), or copy it to "
+            "storage and name it there",
+            reason="HubUnavailable",
         ) from error

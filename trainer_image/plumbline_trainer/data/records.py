@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from plumbline_api.check import DATASET_SUFFIXES
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.storage import uris
 
+TEXT_SUFFIXES = (".txt", ".md")
 LINE_MAX = 64 * 1024 * 1024
 """Longest line that is read; a longer one is a file of another kind."""
+GZIP_START = b"\x1f\x8b"
 
 
 class BadRowError(ValueError):
@@ -52,6 +54,15 @@ def suffix_of(uri: str) -> str:
     return Path(uris.basename(uri)).suffix.lower()
 
 
+def data_files(names: Iterable[str]) -> list[str]:
+    """Of the files of a folder those that hold rows; texts only where there is nothing else.
+
+    A text beside rows is a README or a licence, and no data.
+    """
+    known = [name for name in names if suffix_of(name) in DATASET_SUFFIXES]
+    return [name for name in known if suffix_of(name) not in TEXT_SUFFIXES] or known
+
+
 def read_records(file: SourceFile) -> Iterator[Record]:
     """Every record of a file, in order.
 
@@ -79,6 +90,8 @@ def _json_lines(file: SourceFile) -> Iterator[Record]:
             number += 1
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
+                if line.startswith(GZIP_START):
+                    raise InputError(f"{file.uri} is compressed by gzip. Unpack it")
             if not line.strip():
                 continue
             where = f"{file.uri} line {number}"
@@ -107,7 +120,8 @@ def _record(where: str, value: Any) -> Record:
 
 def _json_fault(error: ValueError) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg[:1].lower()}{error.msg[1:]} at character {error.colno}"
+        said = error.msg.removesuffix(" at")
+        return f"{said[:1].lower()}{said[1:]} at character {error.colno}"
     return str(error)
 
 
@@ -151,6 +165,9 @@ def _csv(file: SourceFile) -> Iterator[Record]:
         try:
             if not reader.fieldnames:
                 return
+            if len(reader.fieldnames) == 1 and (found := re.search(r"[;\t|]", reader.fieldnames[0])):
+                between = "tabs" if found[0] == "\t" else f'"{found[0]}"'
+                raise InputError(f"{file.uri} line 1: columns are separated by {between}. Separate them by commas")
             while True:
                 start = reader.line_num + 1
                 row = next(reader, None)
@@ -194,6 +211,8 @@ def kind_of(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return "true or false"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "no finite number"
     if isinstance(value, int | float):
         return "a number"
     if isinstance(value, str):

@@ -15,7 +15,7 @@ from plumbline_api.fingerprint import digest_of
 from plumbline_api.stagerun import StageInput
 
 from plumbline_trainer.data import hub
-from plumbline_trainer.data.records import SourceFile, suffix_of
+from plumbline_trainer.data.records import SourceFile, data_files, suffix_of
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.storage import uris
 from plumbline_trainer.storage.files import file_digest
@@ -53,7 +53,8 @@ def dataset_objects(store: ObjectStore, uri: str) -> list[ObjectInfo]:
         return found
     if not uri.endswith("/") and (single := store.stat(uri)) is not None:
         return [single]
-    found = [info for info in store.list(uri) if suffix_of(info.uri) in DATASET_SUFFIXES]
+    listed = {info.uri: info for info in store.list(uri)}
+    found = [listed[name] for name in data_files(listed)]
     if not found:
         raise InputError(
             f'"{uri}" is not there, or holds no {", ".join(DATASET_SUFFIXES)} file. Check datasets[].source'
@@ -88,6 +89,8 @@ def model_objects(store: ObjectStore, uri: str) -> list[ObjectInfo]:
         return [info]
     root = uri.rstrip("/")
     listed = store.list(root)
+    if not listed:
+        raise InputError(f'there is no model at "{uri}": no folder of that name, or an empty one. Check the source')
     found = [info for info in listed if MODEL_FILES.fullmatch(info.uri.removeprefix(root + "/"))]
     names = {uris.basename(info.uri) for info in found}
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):

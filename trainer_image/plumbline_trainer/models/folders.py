@@ -16,12 +16,10 @@ from plumbline_api.errors import InputError
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+"""Of these a tokenizer has at least one."""
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
+    *VOCABULARIES,
     "merges.txt",
     "added_tokens.json",
     "special_tokens_map.json",

@@ -40,7 +40,8 @@ def shared_reader() -> Iterator[None]:
         import numpy as np
     except ImportError as error:
         raise InputError(
-            "the model is a GGUF file, and the package gguf is not installed: pip install 'plumbline[trainer,demo]'"
+            "the model is a GGUF file, and the package gguf is not installed: "
+            "pip install '.[trainer,demo]' in a checkout of Plumbline"
         ) from error
 
     if hasattr(gguf.GGUFReader, "cache_info"):  # An outer block shares already.

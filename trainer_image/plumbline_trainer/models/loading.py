@@ -192,11 +192,18 @@ def _load_folder(view: Path, dtype: str, name: str) -> Any:
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with their names
         )
     except (*_UNREADABLE, SafetensorError) as error:
         if "allocate memory" in str(error):
             raise  # The files are sound; the worker says what to do about memory.
         raise InputError(f"{name}: the weights do not load: {_first_line(error)}. Copy the model again") from error
+    if mismatched := sorted(info["mismatched_keys"]):
+        weight, here, wanted = mismatched[0]
+        raise InputError(
+            f"{name}: {len(mismatched)} weights have another shape than its config.json says ({weight}: "
+            f"{list(here)}, not {list(wanted)}). The files do not belong together; copy the model again"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         shown = ", ".join(missing[:3])
@@ -260,6 +267,8 @@ def _load_tokenizer(path: Path, view: Path, ends: tuple[int, ...]) -> Tokenizer:
 
     where: dict[str, Any] = {"gguf_file": path.name} if is_gguf(path) else {}
     folder = path.parent if is_gguf(path) else view
+    if not is_gguf(path) and not any((view / name).exists() for name in folders.VOCABULARIES):
+        raise InputError(f"{path.name}: it has no tokenizer. A tokenizer.json must lie beside the weights")
     try:
         hf = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False, use_fast=True, **where

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from plumbline_api.fingerprint import digest_of
 from plumbline_api.record import ExternalInput
 from plumbline_api.stagerun import StageInput
+from pydantic.alias_generators import to_camel
 
 from plumbline_trainer.data.encode import Method, encode_rows
 from plumbline_trainer.data.labels import LabelCounts, count_labels
@@ -90,7 +91,7 @@ class DatasetFindings:
 
     def to_plan(self) -> dict[str, object]:
         """For plan.json: without the prompts' hashes, with the usual percentiles."""
-        document = {key: value for key, value in asdict(self).items() if key != "groups"}
+        document = {to_camel(key): value for key, value in asdict(self).items() if key != "groups"}
         document["splits"] = {
             name: {"rows": split.rows, "tokens": {f"p{share}": split.percentile(share) for share in (50, 90, 99, 100)}}
             for name, split in self.splits.items()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FACTS_VERSION = 1
 CACHE_FOLDER = "findings"
+EMBEDDINGS = ("model.embed_tokens.weight", "wte.weight")
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
 
 
@@ -112,6 +113,8 @@ def _read(context: StageContext, item: ExternalInput, digest: str) -> ModelFacts
             f"{item.uri}: its tokenizer has {len(tokenizer.hf):,} tokens, its config.json allows {text.vocab_size:,}. "
             "The files do not belong together; copy the model again"
         )
+    width = getattr(text, "word_embed_proj_dim", None) or text.hidden_size
+    _check_embedding(item, path, int(text.vocab_size), int(width))
     parameters, dtype = _weights(context, item, path)
     declared = str(item.settings.get("storageDtype", "auto"))
     hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
@@ -131,6 +134,17 @@ def _read(context: StageContext, item: ExternalInput, digest: str) -> ModelFacts
     )
 
 
+def _check_embedding(item: ExternalInput, path: Path, vocabulary: int, hidden: int) -> None:
+    """See that weights and configuration are of one model, by the tensor that most architectures call alike."""
+    for shard in sorted(path.glob("*.safetensors")) if path.is_dir() else ():
+        for name, _, count in _header(shard):
+            if name.endswith(EMBEDDINGS) and count != vocabulary * hidden:
+                raise InputError(
+                    f"{item.uri}: {name} has {count:,} numbers, config.json asks for {vocabulary:,} × {hidden:,}. "
+                    "The files do not belong together; copy the model again"
+                )
+
+
 def _weights(context: StageContext, item: ExternalInput, path: Path) -> tuple[int, str]:
     """Number of parameters, and the type in which weights are stored."""
     if path.is_file():
@@ -138,8 +152,8 @@ def _weights(context: StageContext, item: ExternalInput, path: Path) -> tuple[in
     shards = sorted(path.glob("*.safetensors"))
     if shards:
         tensors = [entry for shard in shards for entry in _header(shard)]
-        types = {dtype for dtype, _ in tensors}
-        return sum(count for _, count in tensors), "bfloat16" if types == {"BF16"} else "float32"
+        types = {dtype for _, dtype, _ in tensors}
+        return sum(count for _, _, count in tensors), "bfloat16" if types == {"BF16"} else "float32"
     # In a bucket: the size of the files tells the number closely enough.
     size = sum(info.size for info in model_objects(context.store, item.uri) if info.uri.endswith(".safetensors"))
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -147,8 +161,8 @@ def _weights(context: StageContext, item: ExternalInput, path: Path) -> tuple[in
     return size // (2 if "16" in dtype else 4), "bfloat16" if dtype == "bfloat16" else "float32"
 
 
-def _header(shard: Path) -> list[tuple[str, int]]:
-    """Type and number of elements of every tensor, from the head of a safetensors file."""
+def _header(shard: Path) -> list[tuple[str, str, int]]:
+    """Name, type and number of elements of every tensor, from the head of a safetensors file."""
     try:
         with shard.open("rb") as source:
             (length,) = struct.unpack("<Q", source.read(8))
@@ -159,7 +173,7 @@ def _header(shard: Path) -> list[tuple[str, int]]:
         for name, entry in header.items():
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
-                found.append((str(entry["dtype"]), (end - begin) // _BYTES.get(entry["dtype"], 4)))
+                found.append((name, str(entry["dtype"]), (end - begin) // _BYTES.get(entry["dtype"], 4)))
     except (struct.error, ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise InputError(f"{shard.name} is not a safetensors file ({error}). Copy the model again") from error
     return found

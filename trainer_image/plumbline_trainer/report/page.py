@@ -104,11 +104,13 @@ def build(facts: RunFacts, *, written: str) -> dict[str, Any]:
     """Everything that the template shows."""
     findings = find(facts)
     sentence, tone = words.verdict(facts, findings)
+    outcome, evidence = words.first_sentence(sentence)
     return {
         "name": facts.name,
         "namespace": facts.record.pipeline.namespace,
         "written": written,
-        "sentence": sentence,
+        "outcome": outcome,
+        "evidence": evidence,
         "tone": tone,
         "failures": facts.failures,
         "tiles": [_tile(finding) for finding in findings],
@@ -226,7 +228,7 @@ def _stage_row(facts: RunFacts, stage: StageFacts) -> dict[str, Any]:
         "attempts": 0 if outcome is None else outcome.attempts,
         "seconds": None if outcome is None or outcome.cached else outcome.seconds,
         "gpu_seconds": None if outcome is None else outcome.gpu_seconds,
-        "tokens": None if stage.manifest is None else stage.manifest.tokens,
+        "tokens": None if stage.manifest is None else _tokens(stage),
         "source": " + ".join(ref.stage or "base" for ref in sources) or None,
         "what": ", ".join(what),
         "yields_policy": stage.yields_policy,
@@ -239,14 +241,21 @@ def _cost(facts: RunFacts) -> dict[str, Any]:
     seconds = [item.seconds for item in fresh if item.seconds is not None]
     gpu = [item.gpu_seconds for item in fresh if item.gpu_seconds is not None]
     computed = {item.name for item in fresh}
-    tokens = sum(s.manifest.tokens for s in facts.stages if s.manifest is not None and s.name in computed)
+    there = {stage.name: _tokens(stage) for stage in facts.stages if stage.manifest is not None}
     return {
         "seconds": sum(seconds) if seconds else None,
-        "tokens": tokens,
+        "tokens": sum(tokens for name, tokens in there.items() if name in computed),
+        "cached_tokens": sum(tokens for name, tokens in there.items() if name not in computed),
         "gpu_seconds": sum(gpu) if gpu else 0.0,
         "cached": sum(stage.outcome is not None and stage.outcome.cached for stage in facts.stages),
         "stages": len(facts.stages),
     }
+
+
+def _tokens(stage: StageFacts) -> int:
+    """Tokens of the whole stage; the manifest counts those of the attempt that ended it."""
+    assert stage.manifest is not None
+    return int(stage.metrics.get("tokens", stage.manifest.tokens))
 
 
 def _final(facts: RunFacts) -> dict[str, Any] | None:

@@ -36,6 +36,12 @@ def verdict(facts: RunFacts, findings: Sequence[Finding]) -> tuple[str, str]:
     return _judged(findings)
 
 
+def first_sentence(text: str) -> tuple[str, str]:
+    """The first sentence of a verdict, which says how it went, and what it rests on."""
+    first, dot, rest = text.partition(". ")
+    return (f"{first}.", rest) if dot else (text, "")
+
+
 def _judged(findings: Sequence[Finding]) -> tuple[str, str]:
     # What was trained on proves nothing, so it decides only where there is nothing else.
     fair = [finding for finding in findings if not finding.in_sample] or findings
@@ -102,6 +108,8 @@ def change_text(finding: Finding) -> str:
         moved, low, high = (f"{100 * (value - 1):+.1f}" for value in (change.value, change.lower, change.upper))
         return f"change {moved}\u00a0% ({low} to {high})".replace("-", "−")
     moved, low, high = (f"{100 * value:+.0f}" for value in (change.value, change.lower, change.upper))
+    if {moved, low, high} <= {"+0", "-0"}:
+        return "no change"
     return f"change {moved} points ({low} to {high})".replace("-", "−")
 
 

@@ -15,6 +15,7 @@ from plumbline_api.record import ExternalInput, RunRecord, StageRecord, fingerpr
 from plumbline_api.stagerun import PreflightFindings
 from plumbline_api.stages import REHEARSAL_FORMATS, STAGE_TYPES, SUITE_FORMATS
 from plumbline_api.training import Kto, Training
+from pydantic.alias_generators import to_camel
 
 from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.data.loading import split_remedy
@@ -270,11 +271,11 @@ def notes(record: RunRecord, found: Findings) -> list[str]:
             said.append(f"{stage.name}: {remark}")
     for item in found.datasets.values():
         splits = ", ".join(f"{part.rows:,} {name}" for name, part in item.splits.items() if part.rows)
-        bad = f", {item.bad:,} bad rows skipped" if item.bad else ""
-        same = f", {item.equal_pairs:,} pairs with equal answers" if item.equal_pairs else ""
+        bad = f", {_counted(item.bad, 'bad row')} skipped" if item.bad else ""
+        same = f", {_counted(item.equal_pairs, 'pair')} with equal answers" if item.equal_pairs else ""
         good = sum(part.desirable for part in item.splits.values())
         liked = f", {good:,} desirable" if item.format == "unpaired" else ""
-        said.append(f"{item.name}: {item.format}, {item.rows:,} rows ({splits}){liked}{bad}{same}")
+        said.append(f"{item.name}: {item.format}, {_counted(item.rows, 'row')} ({splits}){liked}{bad}{same}")
     hours = [found.estimates[stage.name].gpu_hours for stage in record.stages if not found.hits[stage.name].found]
     known = [value for value in hours if value is not None]
     if any(stage.resources.gpus_per_node for stage in record.stages):
@@ -292,6 +293,10 @@ def _length_note(record: RunRecord, stage: StageRecord, found: Findings) -> str 
     return None
 
 
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def to_plan(record: RunRecord, found: Findings) -> dict[str, Any]:
     """plan.json: everything that was found."""
     return {
@@ -300,12 +305,12 @@ def to_plan(record: RunRecord, found: Findings) -> dict[str, Any]:
         "recordDigest": record.digest(),
         "storage": {"conditionalWrites": found.conditional_writes},
         "inputs": [
-            {"name": item.name, "uri": item.uri, "kind": item.kind, **asdict(one)}
+            {"name": item.name, "uri": item.uri, "kind": item.kind, **_wire(one)}
             for item, one in zip(record.external_inputs, found.pins, strict=True)
         ],
-        "models": {name: asdict(facts) for name, facts in found.models.items()},
+        "models": {name: _wire(facts) for name, facts in found.models.items()},
         "datasets": [item.to_plan() for item in found.datasets.values()],
-        "leaks": [asdict(leak) for leak in found.leaks],
+        "leaks": [_wire(leak) for leak in found.leaks],
         "stages": [
             {
                 "name": stage.name,
@@ -319,6 +324,11 @@ def to_plan(record: RunRecord, found: Findings) -> dict[str, Any]:
         ],
         "notes": found.notes,
     }
+
+
+def _wire(value: Any) -> dict[str, Any]:
+    """A dataclass as JSON of this project is written: in camelCase."""
+    return {to_camel(key): item for key, item in asdict(value).items()}
 
 
 def _known(value: Estimate) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    EndpointConnectionError,
     NoCredentialsError,
     ParamValidationError,
     PartialCredentialsError,
@@ -233,6 +234,12 @@ class S3Backend:
             if isinstance(cause, ClientError):
                 raise self._translated(cause, doing, where) from error
             raise TransientError(f"{doing} at {where}: {error}", reason="StorageUnavailable") from error
+        except EndpointConnectionError as error:
+            raise TransientError(
+                f"{doing}: {where} does not answer. See whether the server runs, and whether its address is right "
+                "(storage.endpoint; in a local run AWS_ENDPOINT_URL)",
+                reason="StorageUnavailable",
+            ) from error
         except (BotoCoreError, RetriesExceededError, ConnectionError, TimeoutError) as error:
             raise TransientError(f"{doing} at {where}: {error}", reason="StorageUnavailable") from error
 
