@@ -82,8 +82,11 @@ class Controller:
                 reason, is_fresh = str(stale), True
                 continue
             self._count(decided, observation.snapshot, applied, seen_end)
-            waits = [wait for wait in (decided.requeue_after, observation.look_again) if wait is not None]
-            return min(waits, default=None)
+            asked = [decided.requeue_after, observation.look_again]
+            if decided.actions:
+                # Of a Job that was started or resumed and whose pod cannot start, nothing more is told.
+                asked.append(self.observer.next_look(body["metadata"]["uid"]))
+            return min((wait for wait in asked if wait is not None), default=None)
         raise UnsettledError(f"{key[0]}/{key[1]} changed under {ROUNDS_MAX} looks in a row; last: {reason}")
 
     async def _body(self, key: Key, *, fresh: bool) -> dict[str, Any] | None:

@@ -132,6 +132,11 @@ class Observer:
             min(waits, default=None),
         )
 
+    def next_look(self, uid: str) -> float | None:
+        """Seconds until the pods of a pipeline's waiting Jobs are asked why; None where none waits."""
+        moment = self.clock()
+        return min((self._wait_left(job, moment) for job in _waiting(self.cache.jobs_of(uid))), default=None)
+
     def forget_jobs(self) -> None:
         """Drop what was remembered of Jobs that are gone."""
         alive = set(self.cache.job_uids())
@@ -164,7 +169,7 @@ class Observer:
         """Read pods where a Job's own status does not tell enough; returns when to look at waiting ones again."""
         ended = [] if is_settled else [job for job in jobs if job.is_finished and self._recall(job).evidence is None]
         running = [job for job in jobs if job.state == "running" and self._lacks_start(job)]
-        waiting = [job for job in jobs if job.state == "waiting" and not job.suspended and not job.deleting]
+        waiting = _waiting(jobs)
         for job in jobs:
             if job.state == "running":
                 self._recall(job).asked_at = None  # should it wait again, that is another wait
@@ -249,6 +254,11 @@ class Observer:
             waiting_reason=waits.reason if waits is not None else None,
             waiting_message=waits.message if waits is not None else "",
         )
+
+
+def _waiting(jobs: Iterable[JobFacts]) -> list[JobFacts]:
+    """Jobs that may run and have no running pod."""
+    return [job for job in jobs if job.state == "waiting" and not job.suspended and not job.deleting]
 
 
 def _parse(body: dict[str, Any]) -> tuple[AlignmentPipeline | None, tuple[Problem, ...]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ class Tenant:
     api: LiveApi
     namespace: str
     log: OperatorProcess | None = None
+    seen: dict[str, Any] = field(default_factory=dict)
+    """The pipeline as it was looked at last."""
 
     async def apply(self, name: str = "run", **fields: Any) -> dict[str, Any]:
         body = pipeline_body(name=name, namespace=self.namespace, **fields)
@@ -83,7 +86,8 @@ class Tenant:
         await self.api.patch(PIPELINES, name, self.namespace, {"spec": spec})
 
     async def see(self, name: str = "run") -> dict[str, Any]:
-        return await self.api.get(PIPELINES, name, self.namespace)
+        self.seen = await self.api.get(PIPELINES, name, self.namespace)
+        return self.seen
 
     async def phases(self, name: str = "run") -> dict[str, str]:
         status = (await self.see(name)).get("status") or {}
@@ -94,7 +98,11 @@ class Tenant:
         return next((entry for entry in status.get("stages", []) if entry["name"] == stage), {})
 
     async def until(self, what: str, found: Any, seconds: float = 60) -> Any:
-        return await eventually(what, found, seconds, explain=lambda: self.log.tail() if self.log else "")
+        return await eventually(what, found, seconds, explain=self._explain)
+
+    def _explain(self) -> str:
+        status = json.dumps(self.seen.get("status"), indent=1)
+        return f"{status}\n{self.log.tail() if self.log else ''}"
 
     async def until_stage(self, stage: str, name: str = "run", seconds: float = 60, **wanted: Any) -> dict[str, Any]:
         async def found() -> dict[str, Any] | None:

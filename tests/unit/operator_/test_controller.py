@@ -326,6 +326,18 @@ async def test_why_a_pod_waits_is_asked_at_a_bounded_rate() -> None:
     assert cluster.kube.reads["list pods"] == 1
 
 
+async def test_the_pass_that_starts_or_resumes_a_job_asks_for_another_look() -> None:
+    """The API server tells nothing of a Job whose pod cannot start: without that look nobody would learn why."""
+    cluster = cluster_of()
+    cluster.process.observer.clock = lambda: 1000.0
+    assert await cluster.reconcile() == pytest.approx(5.0)
+    cluster.edit(suspend=True)
+    await cluster.reconcile()
+    assert await cluster.reconcile() is None, "a suspended Job has no pod to ask for"
+    cluster.edit(suspend=False)
+    assert await cluster.reconcile() == pytest.approx(5.0)
+
+
 async def test_a_pod_that_ends_does_not_wait_again_but_its_replacement_does() -> None:
     cluster = cluster_of()
     moment = [1000.0]
