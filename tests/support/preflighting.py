@@ -21,7 +21,7 @@ def pairs(count: int = 40) -> list[dict[str, str]]:
 
 def pipeline(
     folder: Path,
-    model: Path,
+    model: Path | str,
     stages: list[dict[str, Any]] | None = None,
     *,
     others: tuple[dict[str, Any], ...] = (),
@@ -41,7 +41,7 @@ def pipeline(
         "kind": "AlignmentPipeline",
         "metadata": {"name": "tiny"},
         "spec": {
-            "model": {"source": f"file://{model}"},
+            "model": {"source": model if isinstance(model, str) else f"file://{model}"},
             "datasets": datasets,
             "stages": stages
             or [
