@@ -9,7 +9,9 @@ import pytest
 from plumbline_api.record import fingerprints
 from plumbline_api.stagerun import StageResult
 from plumbline_trainer.context import StageOutput
+from plumbline_trainer.errors import InputError
 from plumbline_trainer.models.policy import load_policy
+from plumbline_trainer.planning.problems import Problems
 from plumbline_trainer.storage.manifests import commit_output
 from support import tiny
 from support.preflighting import pairs, pipeline, plan_of, preflight, rows
@@ -124,9 +126,13 @@ def test_formats_are_checked_once_they_are_known(tmp_path: Path, model: Path) ->
     )
     result, code = preflight(made)
     assert (code, result.reason) == (2, "BadInput")
-    assert result.message == (
+    first, second = result.message.split("\n")
+    assert first == (
         'spec.stages[0].dpo.dataset: "q" holds instruction rows (instruction, input, output); dpo needs preference rows '
         "(prompt, chosen, rejected) or ranked rows (prompt, completions). Datasets that fit: p"
+    )
+    assert second.startswith(
+        'spec.stages[1].sft.dataset: "p" holds preference rows (prompt, chosen, rejected); sft needs'
     )
 
 
@@ -181,7 +187,6 @@ class TestFourBits:
         assert "The platform team adds it to the image" in result.message
 
     def test_the_stage_refuses_as_well(self, tmp_path: Path, model: Path) -> None:
-        from plumbline_trainer.errors import InputError
         from plumbline_trainer.models.quantization import quantize
         from support.trainer import base_model, stage_run
 
@@ -309,3 +314,64 @@ def test_the_findings_of_48_inputs_fit_a_termination_message(tmp_path: Path, mod
     assert message is not None
     assert message.preflight is not None
     assert len(message.preflight.digests) == 48
+
+
+class TestProblems:
+    """Everything that can be found wrong by itself is told at once, each in the words that it has alone."""
+
+    def test_of_stages_and_datasets(self, tmp_path: Path, model: Path) -> None:
+        write_jsonl(tmp_path / "q.jsonl", [*rows(), {"instruction": 7, "output": "x"}])
+        write_jsonl(tmp_path / "p.jsonl", pairs())
+        lora: dict[str, Any] = {"lora": {"targets": ["q_porj"]}}
+        stages = [
+            {"name": "one", "sft": {"dataset": "q"} | lora},
+            {"name": "two", "sft": {"dataset": "p"} | lora},
+            {"name": "three", "sft": {"dataset": "gone"}},
+        ]
+        gone = {"name": "gone", "source": f"file://{tmp_path}/gone.jsonl", "format": "instruction"}
+        made = pipeline(tmp_path, model, stages, others=(gone,))
+        result, code = preflight(made)
+        assert (code, result.reason) == (2, "BadInput")
+        told = result.message.split("\n")
+        starts = [
+            f'"file://{tmp_path}/gone.jsonl" is not there',
+            'spec.stages[0].sft.lora.targets: "q_porj" matches no layer of the model',
+            'spec.stages[1].sft.lora.targets: "q_porj" matches no layer of the model',
+            f'file://{tmp_path}/q.jsonl line 41: "instruction" is a number, text expected (1 bad row of 41;',
+            'spec.stages[1].sft.dataset: "p" holds preference rows',
+        ]
+        assert [line[: len(start)] for line, start in zip(told, starts, strict=True)] == starts
+        assert [item["message"] for item in plan_of(made)["problems"]] == told
+
+    def test_of_data_beside_a_model_that_is_not_there(self, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "q.jsonl", [*rows(), {"instruction": 7, "output": "x"}])
+        write_jsonl(tmp_path / "p.jsonl", pairs())
+        result, code = preflight(pipeline(tmp_path, tmp_path / "nowhere"))
+        assert code == 2
+        first, second = result.message.split("\n")
+        assert first.startswith(f'there is no model at "file://{tmp_path}/nowhere"')
+        assert second.startswith(f'file://{tmp_path}/q.jsonl line 41: "instruction" is a number')
+
+    def test_more_than_a_termination_message_holds(self, tmp_path: Path, model: Path) -> None:
+        others = tuple({"name": f"d{n}", "source": f"file://{tmp_path}/nowhere/{n}.jsonl"} for n in range(40))
+        stages = [{"name": f"s{n}", "sft": {"dataset": f"d{n}"}} for n in range(40)]
+        made = pipeline(tmp_path, model, stages, others=others)
+        result, code = preflight(made)
+        assert code == 2
+        *told, last = result.message.split("\n")
+        assert len(told) > 10
+        assert last == f"and {40 - len(told)} more, in plan.json"
+        carried = StageResult.from_message(result.to_message())
+        assert carried is not None
+        assert carried.message == result.message, "nothing is cut off"
+        assert len(plan_of(made)["problems"]) == 40
+
+    def test_reasons_that_differ_are_bad_input(self) -> None:
+        problems = Problems()
+        for reason in ("StorageDenied", "BadInput"):
+            with problems.collecting():
+                raise InputError(f"{reason}: x", reason=reason)
+        with problems.collecting():
+            raise InputError("BadInput: x")
+        found = problems.as_error("plan.json")
+        assert (found.reason, str(found)) == ("BadInput", "StorageDenied: x\nBadInput: x"), "no fault twice"
