@@ -98,7 +98,7 @@ def pod_spec(
 
 
 def _resources(start: StartStage, runtime: RuntimeSpec, pieces: PodClass, cpu: str) -> Manifest:
-    """Memory, disk and accelerators are asked for and limited alike; CPU is only asked for, so that idle cores get used."""
+    """Memory, disk and accelerators are asked for and limited alike; CPU is only asked for: idle cores get used."""
     memory = start.resources.memory or pieces.memory
     fixed: dict[str, str] = {"memory": memory, "ephemeral-storage": pieces.ephemeral_storage}
     gpus = start.resources.gpus_per_node or 0
