@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[3]
-POLICIES = list(yaml.safe_load_all((ROOT / "examples/02-support-assistant/networkpolicy.yaml").read_text()))
+POLICIES = list(yaml.safe_load_all((ROOT / "docs/tenant-networkpolicy.yaml").read_text()))
 ROLE = "plumbline.dev/role"
 GOLDEN = ROOT / "tests/unit/operator_/golden"
 
