@@ -92,9 +92,9 @@ def install(shell: Shell, state: ClusterState, store: ObjectStore) -> None:
             "image": _image(state.images["trainer"]),
             "spec": {
                 "classes": {
-                    "train": {"cpu": "1", "memory": "8Gi"},
-                    "generate": {"cpu": "1", "memory": "8Gi"},
-                    "cpu": {"cpu": "500m", "memory": "6Gi"},
+                    "train": {"cpu": "1", "memory": "8Gi", "ephemeralStorage": "10Gi"},
+                    "generate": {"cpu": "1", "memory": "8Gi", "ephemeralStorage": "10Gi"},
+                    "cpu": {"cpu": "500m", "memory": "6Gi", "ephemeralStorage": "10Gi"},
                 }
             },
         },

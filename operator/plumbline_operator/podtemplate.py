@@ -98,9 +98,9 @@ def pod_spec(
 
 
 def _resources(start: StartStage, runtime: RuntimeSpec, pieces: PodClass, cpu: str) -> Manifest:
-    """Memory and accelerators are asked for and limited alike; CPU is only asked for, so that idle cores get used."""
+    """Memory, disk and accelerators are asked for and limited alike; CPU is only asked for: idle cores get used."""
     memory = start.resources.memory or pieces.memory
-    fixed: dict[str, str] = {"memory": memory}
+    fixed: dict[str, str] = {"memory": memory, "ephemeral-storage": pieces.ephemeral_storage}
     gpus = start.resources.gpus_per_node or 0
     if gpus and runtime.accelerator is not None:
         fixed[runtime.accelerator.resource_name] = str(gpus)

@@ -43,6 +43,7 @@ FOUR_STAGES: list[dict[str, Any]] = [
     {"name": "final", "merge": {}},
     {"name": "exam", "evaluate": {"suites": [{"perplexity": {"dataset": "held"}}]}},
 ]
+ONE_STAGE: list[dict[str, Any]] = [{"name": "sft", "sft": {"dataset": "tickets"}}]
 FORK: list[dict[str, Any]] = [
     {"name": "base", "pretrain": {"dataset": "manuals"}},
     {"name": "left", "model": "base", "sft": {"dataset": "tickets"}},
@@ -321,3 +322,17 @@ class World:
     def event_reasons(self) -> list[str]:
         """Reasons of all events so far."""
         return [event.reason for event in self.events]
+
+
+def starts(plan: Plan) -> list[str]:
+    """Names of the stages that a plan starts."""
+    return [action.run.stage for action in plan.actions if hasattr(action, "run")]
+
+
+def finished(stages: list[dict[str, Any]] | None = None, **spec: Any) -> World:
+    """A run that has ended well."""
+    world = World(pipeline_body(stages, **spec))
+    names = [stage["name"] for stage in world.body["spec"]["stages"]]
+    world.go("preflight", *names, "finalize")
+    assert world.status.phase == "Succeeded"
+    return world

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -117,10 +116,6 @@ class StageContext:
     def is_main(self) -> bool:
         """Whether this rank reports and commits."""
         return self.rank == 0
-
-    def stage_inputs(self) -> Iterator[StageInput]:
-        """The inputs that other stages wrote."""
-        return (item for item in self.run.inputs if item.fingerprint is not None)
 
 
 @dataclass

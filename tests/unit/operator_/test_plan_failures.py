@@ -7,14 +7,12 @@ from typing import Any
 import pytest
 from plumbline_operator.policies.retries import backoff_seconds
 from plumbline_operator.snapshot import PodFailure
-from support.planning import FORK, SETTINGS, World, failed, pipeline_body, succeeded
-
-ONE = [{"name": "sft", "sft": {"dataset": "tickets"}}]
+from support.planning import FORK, ONE_STAGE, SETTINGS, World, failed, pipeline_body, succeeded
 
 
 def at_stage(stages: list[dict[str, Any]] | None = None, **spec: Any) -> World:
     """A run whose first stage runs."""
-    world = World(pipeline_body(ONE if stages is None else stages, **spec))
+    world = World(pipeline_body(ONE_STAGE if stages is None else stages, **spec))
     world.go("preflight")
     world.run(world.body["spec"]["stages"][0]["name"])
     world.settle()
@@ -75,7 +73,7 @@ def test_a_pod_that_dies_without_a_message(failure: dict[str, Any], reason: str,
     ],
 )
 def test_what_the_cluster_takes_away_is_free_and_made_up_for_at_once(ending: dict[str, Any]):
-    world = at_stage([ONE[0] | {"retries": 0}])
+    world = at_stage([ONE_STAGE[0] | {"retries": 0}])
     world.end("sft", **ending)
     world.settle()
     assert (world.entry("sft").phase, world.entry("sft").attempt, world.entry("sft").failures) == ("Queued", 2, 0)
@@ -95,7 +93,7 @@ def test_attempts_lost_to_the_cluster_are_bounded_and_slow_down():
 
 
 def test_transient_failures_are_retried_with_growing_pauses():
-    world = at_stage([ONE[0] | {"retries": 3}])
+    world = at_stage([ONE_STAGE[0] | {"retries": 3}])
     pauses = []
     for _ in range(3):
         world.end("sft", failed("Transient", "S3 answers 503", gpu_seconds=5.0), failure=PodFailure(exit_code=75))
@@ -173,7 +171,7 @@ def test_preflight_failing_fails_the_run_before_anything_asks_for_a_gpu():
 
 @pytest.mark.parametrize("findings", [None, {"digests": ["x"], "cached": "0"}, {"digests": ["ü"] * 2, "cached": "0"}])
 def test_findings_that_do_not_fit_the_record_mean_a_foreign_trainer(findings: dict[str, Any] | None):
-    world = World(pipeline_body(ONE))
+    world = World(pipeline_body(ONE_STAGE))
     world.settle()
     world.end("preflight", succeeded(preflight=findings))
     world.settle()
@@ -194,7 +192,7 @@ def test_findings_that_do_not_fit_the_record_mean_a_foreign_trainer(findings: di
     ],
 )
 def test_gates_decide_over_success(gate: dict[str, float], metrics: dict[str, float], message: str | None):
-    stages = [ONE[0] | {"gates": [{"metric": "winRate.lower", **gate}]}, {"name": "final", "merge": {}}]
+    stages = [ONE_STAGE[0] | {"gates": [{"metric": "winRate.lower", **gate}]}, {"name": "final", "merge": {}}]
     world = at_stage(stages)
     world.end("sft", succeeded(metrics=metrics))
     world.settle()
@@ -282,7 +280,7 @@ def test_a_lost_finalize_message_is_no_failure():
 
 
 def test_a_lost_input_is_computed_again_and_then_the_stage():
-    world = at_stage([ONE[0], {"name": "final", "merge": {}}])
+    world = at_stage([ONE_STAGE[0], {"name": "final", "merge": {}}])
     world.go("sft")
     world.end(
         "final", failed("InputMissing", "out-1/model.safetensors of sft is damaged"), failure=PodFailure(exit_code=2)
@@ -306,7 +304,7 @@ def test_every_stage_under_a_chain_of_adapters_looks_at_its_own_output():
 
 
 def test_inputs_that_get_lost_again_and_again_end_the_run():
-    world = at_stage([ONE[0], {"name": "final", "merge": {}}])
+    world = at_stage([ONE_STAGE[0], {"name": "final", "merge": {}}])
     world.go("sft")
     for _ in range(SETTINGS.recoveries_max):
         world.end("final", failed("InputMissing", "gone"))
@@ -379,7 +377,7 @@ def test_a_foreign_job_under_our_name_is_left_alone(how: str):
     ],
 )
 def test_a_job_that_waits_says_why_and_what_to_do(reason: str, said: str, remedy: str):
-    world = World(pipeline_body(ONE))
+    world = World(pipeline_body(ONE_STAGE))
     world.go("preflight")
     world.change(world.job("sft").name, waiting_reason=reason, waiting_message=said)
     world.settle()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from plumbline_api.errors import InputError
 from plumbline_trainer.models import folders
-from plumbline_trainer.models.loading import load_base, load_config, load_tokenizer, storage_dtype_of
+from plumbline_trainer.models.loading import check_weights, load_base, load_config, load_tokenizer, storage_dtype_of
 from plumbline_trainer.models.saving import save_full
 from support import tiny
 
@@ -143,6 +143,19 @@ def test_other_shapes_are_refused(folder):
     )
     with pytest.raises(InputError, match=shapes):
         load_base(folder, "float32")
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("style", tiny.STYLES)
+def test_sound_weights_pass_by_their_heads_alone(tmp_path, style, tie):
+    """Whatever an architecture calls them, with a head of its own or tied; without one of them they do not."""
+    folder = tiny.save_model(tmp_path / "m", style, tie=tie)
+    header = folders.safetensors_header(folder / "model.safetensors")
+    check_weights(folder, header, "m")
+    name = next(name for name in header if ".1." in name)
+    del header[name]
+    with pytest.raises(InputError, match=r"m: 1 weights that its config.json asks for are not there"):
+        check_weights(folder, header, "m")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[]"])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
-import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,72 +9,18 @@ import pytest
 from plumbline_api.record import fingerprints
 from plumbline_api.stagerun import StageResult
 from plumbline_trainer.context import StageOutput
+from plumbline_trainer.errors import InputError
 from plumbline_trainer.models.policy import load_policy
+from plumbline_trainer.planning.problems import Problems
 from plumbline_trainer.storage.manifests import commit_output
 from support import tiny
+from support.preflighting import pairs, pipeline, plan_of, preflight, rows
 from support.trainer import LocalPipeline, output_folder, run_in_process, stage_context, write_jsonl
-
-
-def rows(count: int = 40, start: int = 0) -> list[dict[str, str]]:
-    return [{"instruction": f"Say {i}", "output": f"It is {i}."} for i in range(start, start + count)]
-
-
-def pairs(count: int = 40) -> list[dict[str, str]]:
-    return [{"prompt": f"Say {i}", "chosen": f"It is {i}.", "rejected": f"No {i}."} for i in range(count)]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_model(tmp_path_factory.mktemp("model") / "base")
-
-
-def pipeline(
-    folder: Path,
-    model: Path,
-    stages: list[dict[str, Any]] | None = None,
-    *,
-    others: tuple[dict[str, Any], ...] = (),
-    **q: Any,
-) -> LocalPipeline:
-    if not (folder / "q.jsonl").exists():
-        write_jsonl(folder / "q.jsonl", rows())
-        write_jsonl(folder / "p.jsonl", pairs())
-    training = {"globalBatch": 8, "maxLength": 64}
-    datasets = [
-        {"name": "q", "source": f"file://{folder}/q.jsonl", "split": {"test": 0.2}} | q,
-        {"name": "p", "source": f"file://{folder}/p.jsonl", "split": {"test": 0.2}},
-        *others,
-    ]
-    body = {
-        "apiVersion": "plumbline.dev/v1alpha1",
-        "kind": "AlignmentPipeline",
-        "metadata": {"name": "tiny"},
-        "spec": {
-            "model": {"source": f"file://{model}"},
-            "datasets": datasets,
-            "stages": stages
-            or [
-                {"name": "sft", "sft": {"dataset": "q", "lora": {"rank": 4}, "training": training | {"epochs": 2}}},
-                {"name": "dpo", "dpo": {"dataset": "p", "lora": {"rank": 4}, "training": training}},
-                {"name": "final", "merge": {}},
-                {"name": "exam", "evaluate": {"suites": [{"perplexity": {"dataset": "q"}}]}},
-            ],
-        },
-    }
-    return LocalPipeline(body, folder)
-
-
-def preflight(made: LocalPipeline, number: int = 1) -> tuple[StageResult, int]:
-    scratch = made.folder / f"attempt-{number}"
-    result, code = run_in_process(scratch, made.preflight())
-    if result.preflight is not None:
-        made.pins = [base64.urlsafe_b64decode(digest + "=").hex() for digest in result.preflight.digests]
-    return result, code
-
-
-def plan_of(made: LocalPipeline) -> dict[str, Any]:
-    (path,) = (made.folder / "storage").rglob("plan.json")
-    return dict(json.loads(path.read_text()))
 
 
 def commit(made: LocalPipeline, name: str) -> Path:
@@ -114,22 +57,6 @@ def test_findings_are_pinned_counted_and_estimated(tmp_path: Path, model: Path) 
     assert sft["estimate"]["gpuHours"] == "unknown"
     assert plan["stages"][2]["why"] == "not computed yet"
     assert not list((tmp_path / "storage").rglob("probes/*"))
-
-
-def test_token_counts_are_those_that_training_takes(tmp_path: Path, model: Path) -> None:
-    from plumbline_trainer.data.encode import encode_rows
-    from plumbline_trainer.data.loading import load_rows
-    from plumbline_trainer.models.loading import load_tokenizer
-
-    made = pipeline(tmp_path, model)
-    preflight(made)
-    run = made.stage("sft")
-    context = stage_context(tmp_path / "x", run)
-    encoded = encode_rows(
-        load_rows(context, run.inputs[1], "train"), load_tokenizer(model), method="completion", max_length=64
-    )
-    tokens = sum(len(row.prompt) + len(row.responses[0].ids) for row in encoded.rows)
-    assert plan_of(made)["stages"][0]["estimate"]["tokens"] == pytest.approx(2 * tokens, rel=0.02)
 
 
 def test_a_second_look_reads_nothing_again(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,9 +126,13 @@ def test_formats_are_checked_once_they_are_known(tmp_path: Path, model: Path) ->
     )
     result, code = preflight(made)
     assert (code, result.reason) == (2, "BadInput")
-    assert result.message == (
+    first, second = result.message.split("\n")
+    assert first == (
         'spec.stages[0].dpo.dataset: "q" holds instruction rows (instruction, input, output); dpo needs preference rows '
         "(prompt, chosen, rejected) or ranked rows (prompt, completions). Datasets that fit: p"
+    )
+    assert second.startswith(
+        'spec.stages[1].sft.dataset: "p" holds preference rows (prompt, chosen, rejected); sft needs'
     )
 
 
@@ -256,7 +187,6 @@ class TestFourBits:
         assert "The platform team adds it to the image" in result.message
 
     def test_the_stage_refuses_as_well(self, tmp_path: Path, model: Path) -> None:
-        from plumbline_trainer.errors import InputError
         from plumbline_trainer.models.quantization import quantize
         from support.trainer import base_model, stage_run
 
@@ -361,112 +291,6 @@ def test_prompts_trained_on_and_tested_on_are_found(tmp_path: Path, model: Path)
     assert result.preflight.notes[0] == "5 of 5 held-out prompts of p stand in the training rows of q"
 
 
-class TestLengths:
-    """What a stage's maxLength does to rows is told before anything is trained."""
-
-    def made(self, folder: Path, model: Path, max_length: int, type_: str = "orpo") -> LocalPipeline:
-        stages = [{"name": "pairs", type_: {"dataset": "p", "training": {"maxLength": max_length}}}]
-        made = pipeline(folder, model, stages, split={})
-        pairs = [
-            {
-                "prompt": f"{n}: " + "a plumb line hangs straight " * (9 if n == 3 else 1),
-                "chosen": "It is true. " * (6 if n < 10 else 1),
-                "rejected": "It leans.",
-            }
-            for n in range(20)
-        ]
-        write_jsonl(folder / "p.jsonl", pairs)
-        return made
-
-    @pytest.mark.parametrize("type_", ["dpo", "rrhf"])
-    def test_dropped_and_cut_rows_are_counted_with_an_example(self, tmp_path: Path, model: Path, type_: str) -> None:
-        from plumbline_trainer.data.encode import encode_rows
-        from plumbline_trainer.data.loading import load_rows
-        from plumbline_trainer.models.loading import load_tokenizer
-
-        made = self.made(tmp_path, model, 64, type_)
-        result, code = preflight(made)
-        assert code == 0, result
-        assert result.preflight is not None
-        (note,) = [note for note in result.preflight.notes if note.startswith("pairs: ")]
-        run = made.stage("pairs")
-        rows = load_rows(stage_context(tmp_path / "x", run), run.inputs[1], "train")
-        encoded = encode_rows(rows, load_tokenizer(model), method="preference", max_length=64)
-        assert encoded.dropped == 1
-        assert encoded.truncated > 5
-        assert f"about 1 of {len(rows)} rows have no room for an answer in maxLength 64 and are dropped" in note
-        assert f"about {encoded.truncated} of {len(rows)} rows lose their end at maxLength 64" in note
-        assert any("p.jsonl line 4" in note for note in plan_of(made)["notes"])
-
-    def test_a_limit_that_cuts_nothing_is_not_spoken_of(self, tmp_path: Path, model: Path) -> None:
-        result, _ = preflight(self.made(tmp_path, model, 512))
-        assert result.preflight is not None
-        assert not [note for note in result.preflight.notes if note.startswith("pairs: ")]
-
-    def test_a_limit_that_leaves_no_row_is_refused(self, tmp_path: Path, model: Path) -> None:
-        result, code = preflight(self.made(tmp_path, model, 8))
-        assert code == 2
-        assert result.message.startswith("spec.stages[0].orpo.training.maxLength: 8 tokens leave no room for an answer")
-        assert result.message.endswith("Raise it")
-
-
-@pytest.mark.parametrize(
-    ("source", "said"),
-    [
-        ("file:///nowhere/q.jsonl", "is not there"),
-        ("file:///nowhere/*.jsonl", "no file matches"),
-        ("s3://nowhere/q.jsonl", "nowhere"),
-    ],
-)
-def test_a_missing_dataset_is_named(
-    tmp_path: Path, model: Path, source: str, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
-    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
-    result, code = preflight(pipeline(tmp_path, model, source=source))
-    assert (code, said in result.message) == (2, True), result
-
-
-def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    (empty / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    result, code = preflight(pipeline(tmp_path, empty))
-    assert code == 2
-    assert "config.json and *.safetensors" in result.message
-    assert "never loaded: convert them to safetensors" in result.message
-
-
-def damaged(model: Path, folder: Path) -> Path:
-    shutil.copytree(model, folder)
-    return folder
-
-
-def test_files_of_two_models_are_told_apart(tmp_path: Path, model: Path) -> None:
-    folder = damaged(model, tmp_path / "mixed")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 2 * config["hidden_size"]}))
-    result, code = preflight(pipeline(tmp_path, folder))
-    assert code == 2
-    assert "model.embed_tokens.weight has 24,576 numbers, config.json asks for 384 × 128" in result.message
-
-
-def test_a_model_without_its_tokenizer_is_named(tmp_path: Path, model: Path) -> None:
-    folder = damaged(model, tmp_path / "mute")
-    (folder / "tokenizer.json").unlink()
-    result, code = preflight(pipeline(tmp_path, folder))
-    assert (code, result.message) == (2, "mute: it has no tokenizer. A tokenizer.json must lie beside the weights")
-
-
-def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
-    result, code = preflight(pipeline(tmp_path, tmp_path / "nowhere"))
-    assert code == 2
-    assert result.message.startswith(f'there is no model at "file://{tmp_path}/nowhere": no folder of that name')
-
-
 def test_another_numerics_version_is_refused(tmp_path: Path, model: Path) -> None:
     made = pipeline(tmp_path, model)
     stages = [stage.model_copy(update={"numerics_version": 2}) for stage in made.record.stages]
@@ -492,58 +316,62 @@ def test_the_findings_of_48_inputs_fit_a_termination_message(tmp_path: Path, mod
     assert len(message.preflight.digests) == 48
 
 
-def thumbs(good: int, bad: int) -> list[dict[str, Any]]:
-    return [{"prompt": f"Say {i}", "completion": f"It is {i}.", "label": i < good} for i in range(good + bad)]
+class TestProblems:
+    """Everything that can be found wrong by itself is told at once, each in the words that it has alone."""
 
+    def test_of_stages_and_datasets(self, tmp_path: Path, model: Path) -> None:
+        write_jsonl(tmp_path / "q.jsonl", [*rows(), {"instruction": 7, "output": "x"}])
+        write_jsonl(tmp_path / "p.jsonl", pairs())
+        lora: dict[str, Any] = {"lora": {"targets": ["q_porj"]}}
+        stages = [
+            {"name": "one", "sft": {"dataset": "q"} | lora},
+            {"name": "two", "sft": {"dataset": "p"} | lora},
+            {"name": "three", "sft": {"dataset": "gone"}},
+        ]
+        gone = {"name": "gone", "source": f"file://{tmp_path}/gone.jsonl", "format": "instruction"}
+        made = pipeline(tmp_path, model, stages, others=(gone,))
+        result, code = preflight(made)
+        assert (code, result.reason) == (2, "BadInput")
+        told = result.message.split("\n")
+        starts = [
+            f'"file://{tmp_path}/gone.jsonl" is not there',
+            'spec.stages[0].sft.lora.targets: "q_porj" matches no layer of the model',
+            'spec.stages[1].sft.lora.targets: "q_porj" matches no layer of the model',
+            f'file://{tmp_path}/q.jsonl line 41: "instruction" is a number, text expected (1 bad row of 41;',
+            'spec.stages[1].sft.dataset: "p" holds preference rows',
+        ]
+        assert [line[: len(start)] for line, start in zip(told, starts, strict=True)] == starts
+        assert [item["message"] for item in plan_of(made)["problems"]] == told
 
-def kto_pipeline(
-    folder: Path, model: Path, rows: list[dict[str, Any]], *, evaluation: float = 0.0, **fields: Any
-) -> LocalPipeline:
-    write_jsonl(folder / "q.jsonl", rows)
-    write_jsonl(folder / "p.jsonl", pairs())
-    stage = {"dataset": "q", "lora": {"rank": 4}, "training": {"maxLength": 64, "globalBatch": 8}} | fields
-    return pipeline(folder, model, [{"name": "thumbs", "kto": stage}], split={"evaluation": evaluation})
+    def test_of_data_beside_a_model_that_is_not_there(self, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "q.jsonl", [*rows(), {"instruction": 7, "output": "x"}])
+        write_jsonl(tmp_path / "p.jsonl", pairs())
+        result, code = preflight(pipeline(tmp_path, tmp_path / "nowhere"))
+        assert code == 2
+        first, second = result.message.split("\n")
+        assert first.startswith(f'there is no model at "file://{tmp_path}/nowhere"')
+        assert second.startswith(f'file://{tmp_path}/q.jsonl line 41: "instruction" is a number')
 
+    def test_more_than_a_termination_message_holds(self, tmp_path: Path, model: Path) -> None:
+        others = tuple({"name": f"d{n}", "source": f"file://{tmp_path}/nowhere/{n}.jsonl"} for n in range(40))
+        stages = [{"name": f"s{n}", "sft": {"dataset": f"d{n}"}} for n in range(40)]
+        made = pipeline(tmp_path, model, stages, others=others)
+        result, code = preflight(made)
+        assert code == 2
+        *told, last = result.message.split("\n")
+        assert len(told) > 10
+        assert last == f"and {40 - len(told)} more, in plan.json"
+        carried = StageResult.from_message(result.to_message())
+        assert carried is not None
+        assert carried.message == result.message, "nothing is cut off"
+        assert len(plan_of(made)["problems"]) == 40
 
-def test_one_sided_labels_are_refused_before_anything_trains(tmp_path: Path, model: Path) -> None:
-    result, code = preflight(kto_pipeline(tmp_path, model, thumbs(0, 12)))
-    assert code == 2
-    assert result.message.startswith('spec.stages[0].kto.dataset: "q" holds only undesirable answers (12)')
-    assert "Add rows with label true" in result.message
-
-
-@pytest.mark.parametrize(
-    ("good", "bad", "fields", "said"),
-    [(10, 10, {}, None), (20, 10, {}, "between 0.5 and 0.667"), (20, 10, {"undesirableWeight": 1.6}, None)],
-)
-def test_weights_out_of_balance_are_noted(
-    tmp_path: Path, model: Path, good: int, bad: int, fields: dict[str, Any], said: str | None
-) -> None:
-    result, code = preflight(kto_pipeline(tmp_path, model, thumbs(good, bad), **fields))
-    assert code == 0, result.message
-    assert result.preflight is not None
-    found = [note for note in result.preflight.notes if note.startswith("thumbs: ")]
-    assert len(found) == (said is not None)
-    if said is not None:
-        assert said in found[0]
-    assert any(
-        f"q: unpaired, {good + bad} rows" in note and f"{good} desirable" in note for note in result.preflight.notes
-    )
-
-
-def test_a_single_held_out_row_is_refused(tmp_path: Path, model: Path) -> None:
-    """Of these ten rows a tenth is one row."""
-    result, code = preflight(kto_pipeline(tmp_path, model, thumbs(5, 5), evaluation=0.1))
-    assert code == 2
-    assert result.message == (
-        'spec.stages[0].kto.dataset: "q" has one row in its evaluation split; kto compares rows with each other. '
-        "Add rows, or change datasets[].split"
-    )
-
-
-def test_pairs_are_balanced_answers(tmp_path: Path, model: Path) -> None:
-    made = kto_pipeline(tmp_path, model, thumbs(3, 3), dataset="p")
-    result, code = preflight(made)
-    assert code == 0, result.message
-    assert result.preflight is not None
-    assert not [note for note in result.preflight.notes if note.startswith("thumbs: ")]
+    def test_reasons_that_differ_are_bad_input(self) -> None:
+        problems = Problems()
+        for reason in ("StorageDenied", "BadInput"):
+            with problems.collecting():
+                raise InputError(f"{reason}: x", reason=reason)
+        with problems.collecting():
+            raise InputError("BadInput: x")
+        found = problems.as_error("plan.json")
+        assert (found.reason, str(found)) == ("BadInput", "StorageDenied: x\nBadInput: x"), "no fault twice"

@@ -195,13 +195,13 @@ def test_an_object_replaced_while_it_is_read_is_never_a_mixture(
     client.create_bucket(Bucket="replaced")
     monkeypatch.setattr("plumbline_trainer.storage.ranges.RANGE", 1024)
     client.put_object(Bucket="replaced", Key="x", Body=b"a" * 5000)
-    store, original = ObjectStore(endpoint=s3_endpoint), ranges._range
+    store, original = ObjectStore(endpoint=s3_endpoint), ranges.read_range
 
     def replace_first(*arguments: Any) -> bytes:
         client.put_object(Bucket="replaced", Key="x", Body=b"b" * 5000)
         return original(*arguments)
 
-    monkeypatch.setattr("plumbline_trainer.storage.ranges._range", replace_first)
+    monkeypatch.setattr("plumbline_trainer.storage.ranges.read_range", replace_first)
     with pytest.raises(TransientError, match=r"PreconditionFailed|412"):
         store.get_file("s3://replaced/x", tmp_path / "x")
     assert not list(tmp_path.iterdir())

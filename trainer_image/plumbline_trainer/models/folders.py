@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-import struct
+from collections.abc import Collection
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from plumbline_api.errors import InputError
+
+from plumbline_trainer.models.headers import read_header
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -114,9 +117,23 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         InputError: if there are none, or the index names files that are not there.
     """
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if (folder / WEIGHTS_INDEX).is_file():
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    return [folder / name for name in weight_names(folder, present)]
+
+
+def weight_names(folder: Path, present: Collection[str]) -> list[str]:
+    """Names of the files that hold the weights of a model.
+
+    Args:
+        folder: holds at least its settings.
+        present: names of the files that the model has, here or where it lies.
+
+    Raises:
+        InputError: if there are none, or the index names files that are not there.
+    """
+    if WEIGHTS in present:
+        return [WEIGHTS]
+    if WEIGHTS_INDEX in present:
         names = read_settings(folder, WEIGHTS_INDEX, required=True).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise InputError(f"{folder.name}/{WEIGHTS_INDEX} has no weight_map. Copy the model again")
@@ -126,11 +143,11 @@ def weight_files(folder: Path) -> list[Path]:
                 raise InputError(
                     f'{folder.name}/{WEIGHTS_INDEX} names "{name}", which is not a file name in the folder'
                 )
-            if not (folder / name).is_file():
+            if name not in present:
                 raise InputError(f"{folder.name}/{name} is missing, although {WEIGHTS_INDEX} names it. Copy it as well")
-            files.append(folder / name)
+            files.append(name)
         return files
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    pickles = sorted(name for pattern in _PICKLES for name in present if fnmatch(name, pattern))
     if pickles:
         raise InputError(
             f"{folder.name} holds its weights only as {', '.join(pickles[:3])}, a format that can run code when it is "
@@ -154,17 +171,13 @@ def stored_types(folder: Path) -> set[str]:
 
 def safetensors_header(path: Path) -> dict[str, Any]:
     """The header of a safetensors file: name → {dtype, shape, data_offsets}."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > 100_000_000:
-                raise ValueError("the header is too long")
-            header = json.loads(file.read(length))
-    except (struct.error, ValueError) as error:
-        raise InputError(f"{path.name} is not a safetensors file: {error}. Copy it again") from error
-    header.pop("__metadata__", None)
-    assert isinstance(header, dict)
-    return header
+    with path.open("rb") as file:
+
+        def read(offset: int, length: int) -> bytes:
+            file.seek(offset)
+            return file.read(length)
+
+        return read_header(path.name, path.stat().st_size, read)
 
 
 def _link_tokenizer(source: Path, into: Path) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +15,7 @@ from plumbline_api.errors import InputError
 from plumbline_trainer.models import folders
 from plumbline_trainer.models.converted import keep, kept_folder
 from plumbline_trainer.models.gguf import is_gguf, shared_reader
+from plumbline_trainer.models.headers import BITS
 from plumbline_trainer.models.tokenizer import Tokenizer, make_tokenizer
 
 if TYPE_CHECKING:
@@ -198,6 +199,48 @@ def _load_folder(view: Path, dtype: str, name: str) -> Any:
         if "allocate memory" in str(error):
             raise  # The files are sound; the worker says what to do about memory.
         raise InputError(f"{name}: the weights do not load: {_first_line(error)}. Copy the model again") from error
+    _refuse_misfits(name, info)
+    return model
+
+
+def check_weights(path: Path, header: Mapping[str, Any], name: str) -> None:
+    """See that weights are those that a model's configuration asks for, by names and shapes alone.
+
+    The loader itself judges, on tensors without content, so that it renames and joins them as it will later.
+
+    Args:
+        path: folder with the settings of the model.
+        header: of all its safetensors files, name → {dtype, shape}.
+        name: of the model, for messages.
+
+    Raises:
+        InputError: for weights that are missing, of another shape, or no floating-point numbers.
+    """
+    import torch
+
+    for weight, entry in header.items():
+        if weight.endswith(".weight") and entry["dtype"] not in BITS:
+            raise InputError(
+                f"{name}: {weight} is stored as {entry['dtype']}; weights are read as float64, float32, float16 or "
+                "bfloat16. Name the unquantised model"
+            )
+    model = type(load_skeleton(path))
+    empty = {weight: torch.empty(entry["shape"], device="meta") for weight, entry in header.items()}
+    with _quiet():
+        _, info = model.from_pretrained(
+            None,
+            config=load_config(path),
+            state_dict=empty,
+            device_map={"": "meta"},
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    _refuse_misfits(name, info)
+
+
+def _refuse_misfits(name: str, info: Mapping[str, Any]) -> None:
+    """Refuse what the loader found missing or of another shape."""
     if mismatched := sorted(info["mismatched_keys"]):
         weight, here, wanted = mismatched[0]
         raise InputError(
@@ -211,7 +254,6 @@ def _load_folder(view: Path, dtype: str, name: str) -> Any:
             f"{name}: {len(missing)} weights that its config.json asks for are not there ({shown}). "
             "The files do not belong to this configuration; copy the model again"
         )
-    return model
 
 
 def _load_gguf(path: Path, dtype: str) -> Any:

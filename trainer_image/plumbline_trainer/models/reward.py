@@ -97,10 +97,6 @@ class RewardModel:
             found[torch.tensor(members)] = rewards
         return found
 
-    def standardise(self, rewards: Tensor) -> Tensor:
-        """Rewards as standard deviations from the mean over the training rows, head by head."""
-        return (rewards - torch.tensor(self.config.mean)) / torch.tensor(self.config.std).clamp_min(1e-6)
-
 
 def save_reward_model(folder: Path, scorer: ValueScorer, policy: Policy, config: RewardConfig) -> dict[str, Any]:
     """Write a reward model; what its manifest says about it."""

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from plumbline_api.fingerprint import digest_of
 from plumbline_api.record import ExternalInput
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from plumbline_trainer.context import StageContext
     from plumbline_trainer.models.tokenizer import Tokenizer
 
-FINDINGS_VERSION = 2
+FINDINGS_VERSION = 3
 """Raised when the same rows would be found otherwise."""
 MEASURED_ROWS = 20_000
 """Rows whose tokens are counted at most; of more, evenly spread ones are taken."""
@@ -33,6 +33,8 @@ QUANTILES = 100
 METHODS: dict[str, Method] = {"preference": "preference", "ranked": "score", "unpaired": "unpaired"}
 """How rows are encoded to be measured, by format; the others by their answer."""
 NO_LIMIT = 2**40
+
+Measured = TypeVar("Measured", int, list[int])
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class SplitFindings:
     """Tokens of a prompt at 0 %, 1 %, … 100 %."""
     longest: str = ""
     """Where the row with the longest prompt was read."""
+    shapes: list[list[int]] = field(default_factory=list)
+    """Tokens of the prompt, then of each answer, of the rows at 0 %, 1 %, … 100 % by their sum."""
 
     @property
     def labels(self) -> LabelCounts:
@@ -66,6 +70,20 @@ class SplitFindings:
         if not self.quantiles:
             return 0.0
         return self.rows * sum(min(length, max_length) for length in self.quantiles) / len(self.quantiles)
+
+    def packed(self, max_length: int, *, as_pairs: bool) -> list[int]:
+        """Tokens of each measured row as it is packed: its prompt once, then each answer cut at the limit.
+
+        Args:
+            max_length: longest prompt and answer together; a row whose prompt leaves no room is dropped and counts 0.
+            as_pairs: whether only the first and the last answer are taken, the best and the worst of a ranked row.
+        """
+        found = []
+        for prompt, *answers in self.shapes:
+            taken = [answers[0], answers[-1]] if as_pairs and len(answers) > 1 else answers
+            room = max_length - prompt
+            found.append(prompt + sum(min(answer, room) for answer in taken) if room > 0 else 0)
+        return found
 
 
 @dataclass(frozen=True)
@@ -159,7 +177,7 @@ def _survey(context: StageContext, item: StageInput, tokenizer: Tokenizer) -> Da
     method = METHODS.get(parsed.format, "completion")
     splits, examples = {}, list[str]()
     for name, rows in by_split.items():
-        lengths, prompts, longest = list[int](), list[int](), ""
+        lengths, prompts, shapes, longest = list[int](), list[int](), list[list[int]](), ""
         measured = _spread(rows, MEASURED_ROWS)
         if measured:
             encoded = encode_rows(measured, tokenizer, method=method, max_length=NO_LIMIT)
@@ -170,6 +188,9 @@ def _survey(context: StageContext, item: StageInput, tokenizer: Tokenizer) -> Da
             )
             # A prompt that is not shared lies within the answers, and is not measured.
             prompts = sorted(len(row.prompt) for row in encoded.rows)
+            shapes = sorted(
+                ([len(row.prompt), *(len(item.ids) for item in row.responses)] for row in encoded.rows), key=sum
+            )
             places = {row.id: row.source for row in measured}
             top = max(encoded.rows, key=lambda row: len(row.prompt))
             longest = places.get(top.row_id, "")
@@ -182,6 +203,7 @@ def _survey(context: StageContext, item: StageInput, tokenizer: Tokenizer) -> Da
             undesirable=labels.undesirable,
             prompts=quantiles(prompts),
             longest=longest,
+            shapes=quantiles(shapes),
         )
     return DatasetFindings(
         name=item.name,
@@ -202,7 +224,7 @@ def _spread(rows: Sequence[Row], count: int) -> Sequence[Row]:
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
-def quantiles(values: Sequence[int]) -> list[int]:
+def quantiles(values: Sequence[Measured]) -> list[Measured]:
     """The values at 0 %, 1 %, … 100 % of a sorted list (nearest rank)."""
     if not values:
         return []

@@ -4,6 +4,9 @@ Memory of a training rank, in bytes: frozen weights in the resolved precision, 1
 weight, gradient and two AdamW moments), activations of one micro-batch, and a constant for the runtime. Activations per
 token and layer: about 10 hidden vectors, the attention's projections and 3 vectors of the feed-forward width; with
 gradient checkpointing one hidden vector per layer and one layer in full. Logits are made in chunks and do not count.
+
+Tokens are those that go through the model in training: of a row with several answers the prompt counts once, because
+the answers share it. What a frozen reference reads, once for all epochs, does not count.
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ from plumbline_trainer.planning.datasets import SplitFindings
 from plumbline_trainer.planning.facts import ModelFacts
 
 RUNTIME_BYTES = 800 * 2**20
+ONE_ANSWER = frozenset({"pretrain", "sft"})
+EVERY_ANSWER = frozenset({"rewardModel", "rrhf"})
+"""Stages that read a row's answers one and all; what is in neither set reads pairs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +79,18 @@ def estimate(
         taken = steps * training.global_batch
         if training.range_test is None:
             taken = min(taken, math.ceil(max(training.epochs, 1 / rows.rows) * plan.rows_per_epoch))
-        mixed = [(rows, 1.0 - sum(shares)), *zip(rehearsed, shares, strict=True)]
-        per_row = sum(part * found.tokens(training.max_length) / found.rows for found, part in mixed)
-        tokens = round(taken * per_row * _answers(stage, rows))
+        per_row = _mean_tokens(stage, rows, training.max_length) * (1.0 - sum(shares)) + sum(
+            share * other.tokens(training.max_length) / other.rows
+            for other, share in zip(rehearsed, shares, strict=True)
+        )
+        # The mismatched answers that kto takes its reference point from are as long as the others.
+        tokens = round(taken * per_row * (2 if stage.type == "kto" else 1))
         if tokens_per_second is not None and stage.resources.gpus_per_node:
             rate = tokens_per_second * 1e9 / facts.parameters
             gpu_hours = round(tokens / rate / 3600, 4)
     longest = training.tokens_per_batch
     if rows is not None and rows.rows:
-        row = round(min(rows.percentile(100), training.max_length) * _answers(stage, rows))
+        row = _longest_row(stage, rows, training.max_length)
         # A micro-batch is part of a step, and a row longer than the budget stands alone.
         longest = max(row, min(longest, row * training.global_batch))
     return Estimate(steps, tokens, _training_memory(parameters, training, facts, longest), gpu_hours)
@@ -91,12 +100,19 @@ def _names(rows: SplitFindings) -> list[str]:
     return [str(number) for number in range(rows.rows)]
 
 
-def _answers(stage: StageRecord, rows: SplitFindings) -> float:
-    """Answers of a row that go through the model, each taken to be as long as the longest with its prompt."""
-    if stage.type in ("rewardModel", "rrhf"):
-        return rows.answers
-    # A pair; in kto an answer of its own and one that does not belong to it.
-    return 1 if stage.type in ("pretrain", "sft") else 2
+def _mean_tokens(stage: StageRecord, rows: SplitFindings, max_length: int) -> float:
+    """Tokens of a row that a training stage reads, in the mean."""
+    if stage.type in ONE_ANSWER:
+        return rows.tokens(max_length) / rows.rows
+    packed = rows.packed(max_length, as_pairs=stage.type not in EVERY_ANSWER)
+    return sum(packed) / len(packed)
+
+
+def _longest_row(stage: StageRecord, rows: SplitFindings, max_length: int) -> int:
+    """Tokens of the row that takes the most memory: its answers go through the model together."""
+    if stage.type in ONE_ANSWER:
+        return min(rows.percentile(100), max_length)
+    return max(rows.packed(max_length, as_pairs=stage.type not in EVERY_ANSWER))
 
 
 def lora_parameters(rank: int, targets: list[str] | None, facts: ModelFacts) -> int:

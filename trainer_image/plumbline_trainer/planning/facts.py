@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import struct
+import math
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +17,19 @@ from plumbline_api.record import ExternalInput
 
 from plumbline_trainer.data.sources import bundled_model, fetch_model, model_objects
 from plumbline_trainer.errors import InputError
+from plumbline_trainer.models.folders import weight_names
+from plumbline_trainer.models.headers import BITS, read_header
 from plumbline_trainer.storage import uris
 from plumbline_trainer.storage.manifests import read_json
+from plumbline_trainer.storage.objects import PARALLEL_OBJECTS
 
 if TYPE_CHECKING:
     from plumbline_trainer.context import StageContext
     from plumbline_trainer.models.tokenizer import Tokenizer
 
-FACTS_VERSION = 1
+FACTS_VERSION = 2
 CACHE_FOLDER = "findings"
 EMBEDDINGS = ("model.embed_tokens.weight", "wte.weight")
-_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +106,7 @@ def small_files(context: StageContext, item: ExternalInput, digest: str) -> Path
 
 
 def _read(context: StageContext, item: ExternalInput, digest: str) -> ModelFacts:
-    from plumbline_trainer.models.loading import load_config
+    from plumbline_trainer.models.loading import check_weights, load_config
 
     path = small_files(context, item, digest)
     config = load_config(path)
@@ -114,8 +118,15 @@ def _read(context: StageContext, item: ExternalInput, digest: str) -> ModelFacts
             "The files do not belong together; copy the model again"
         )
     width = getattr(text, "word_embed_proj_dim", None) or text.hidden_size
-    _check_embedding(item, path, int(text.vocab_size), int(width))
-    parameters, dtype = _weights(context, item, path)
+    if path.is_file():
+        parameters, dtype = _gguf_parameters(path), "float32"
+    else:
+        header = _header(context, item, path)
+        _check_embedding(item, header, int(text.vocab_size), int(width))
+        check_weights(path, header, item.uri)
+        types = {entry["dtype"] for entry in header.values()} & set(BITS)
+        parameters = sum(math.prod(entry["shape"]) for entry in header.values() if entry["dtype"] in BITS)
+        dtype = "bfloat16" if types == {"BF16"} else "float32"
     declared = str(item.settings.get("storageDtype", "auto"))
     hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
     return ModelFacts(
@@ -134,49 +145,34 @@ def _read(context: StageContext, item: ExternalInput, digest: str) -> ModelFacts
     )
 
 
-def _check_embedding(item: ExternalInput, path: Path, vocabulary: int, hidden: int) -> None:
+def _check_embedding(item: ExternalInput, header: Mapping[str, Any], vocabulary: int, hidden: int) -> None:
     """See that weights and configuration are of one model, by the tensor that most architectures call alike."""
-    for shard in sorted(path.glob("*.safetensors")) if path.is_dir() else ():
-        for name, _, count in _header(shard):
-            if name.endswith(EMBEDDINGS) and count != vocabulary * hidden:
-                raise InputError(
-                    f"{item.uri}: {name} has {count:,} numbers, config.json asks for {vocabulary:,} × {hidden:,}. "
-                    "The files do not belong together; copy the model again"
-                )
+    for name, entry in header.items():
+        count = math.prod(entry["shape"])
+        if name.endswith(EMBEDDINGS) and count != vocabulary * hidden:
+            raise InputError(
+                f"{item.uri}: {name} has {count:,} numbers, config.json asks for {vocabulary:,} × {hidden:,}. "
+                "The files do not belong together; copy the model again"
+            )
 
 
-def _weights(context: StageContext, item: ExternalInput, path: Path) -> tuple[int, str]:
-    """Number of parameters, and the type in which weights are stored."""
-    if path.is_file():
-        return _gguf_parameters(path), "float32"
-    shards = sorted(path.glob("*.safetensors"))
-    if shards:
-        tensors = [entry for shard in shards for entry in _header(shard)]
-        types = {dtype for _, dtype, _ in tensors}
-        return sum(count for _, _, count in tensors), "bfloat16" if types == {"BF16"} else "float32"
-    # In a bucket: the size of the files tells the number closely enough.
-    size = sum(info.size for info in model_objects(context.store, item.uri) if info.uri.endswith(".safetensors"))
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    return size // (2 if "16" in dtype else 4), "bfloat16" if dtype == "bfloat16" else "float32"
+def _header(context: StageContext, item: ExternalInput, path: Path) -> dict[str, Any]:
+    """Names, types and shapes of a model's weights from the heads of its files; of those in a bucket, ranges are read.
 
+    Raises:
+        InputError: if a file is missing, damaged or cut short.
+    """
+    in_bucket = not item.uri.startswith(("bundled://", "hf://")) and uris.parse(item.uri).scheme != "file"
+    listed = model_objects(context.store, item.uri if in_bucket else f"file://{path}")
+    by_name = {uris.basename(info.uri): info for info in listed}
 
-def _header(shard: Path) -> list[tuple[str, str, int]]:
-    """Name, type and number of elements of every tensor, from the head of a safetensors file."""
-    try:
-        with shard.open("rb") as source:
-            (length,) = struct.unpack("<Q", source.read(8))
-            if length > 100_000_000:
-                raise ValueError("its header is too long")
-            header: dict[str, Any] = json.loads(source.read(length))
-        found = []
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                found.append((name, str(entry["dtype"]), (end - begin) // _BYTES.get(entry["dtype"], 4)))
-    except (struct.error, ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise InputError(f"{shard.name} is not a safetensors file ({error}). Copy the model again") from error
-    return found
+    def read(name: str) -> dict[str, Any]:
+        info = by_name[name]
+        return read_header(name, info.size, partial(context.store.get_range, info.uri))
+
+    with ThreadPoolExecutor(PARALLEL_OBJECTS) as pool:
+        headers = list(pool.map(read, weight_names(path, by_name)))
+    return {name: entry for header in headers for name, entry in header.items()}
 
 
 def _gguf_parameters(path: Path) -> int:

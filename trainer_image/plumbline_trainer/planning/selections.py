@@ -14,6 +14,7 @@ from plumbline_trainer.errors import InputError
 from plumbline_trainer.models.quantization import refuse_without_device, refuse_without_package
 from plumbline_trainer.models.selection import ModuleNames, select
 from plumbline_trainer.planning.facts import CACHE_FOLDER, small_files
+from plumbline_trainer.planning.problems import Problems
 from plumbline_trainer.storage import uris
 from plumbline_trainer.storage.manifests import read_json
 
@@ -23,11 +24,17 @@ if TYPE_CHECKING:
 NAMES_VERSION = 1
 
 
-def check_selections(context: StageContext, record: RunRecord, model: ExternalInput, digest: str) -> None:
-    """Refuse stages that name layers or modules which the model does not have, or 4-bit weights where they cannot be.
+def check_selections(
+    context: StageContext, record: RunRecord, model: ExternalInput, digest: str, problems: Problems
+) -> None:
+    """Find stages that name layers or modules which the model does not have, or 4-bit weights where they cannot be.
 
-    Raises:
-        InputError: with the path of the field.
+    Args:
+        context: of preflight.
+        record: of the run.
+        model: that the stages start from.
+        digest: its pin.
+        problems: takes what cannot be, with the path of the field.
     """
     for index, stage in enumerate(record.stages):
         lora = Lora.model_validate(stage.parameters["lora"]) if "lora" in stage.parameters else None
@@ -37,12 +44,15 @@ def check_selections(context: StageContext, record: RunRecord, model: ExternalIn
         path = f"spec.stages[{index}].{stage.type}"
         if lora is not None and lora.quantization is not None:
             field = f"{path}.lora.quantization"
-            refuse_without_device(field, cuda=_has_cuda(record, stage))
-            refuse_without_package(field)
-        try:
-            select(names_of(context, model, digest), lora, freeze)
-        except InputError as error:
-            raise InputError(f"{path}.{error}") from error
+            with problems.collecting():
+                refuse_without_device(field, cuda=_has_cuda(record, stage))
+                refuse_without_package(field)
+        names = names_of(context, model, digest)
+        with problems.collecting():
+            try:
+                select(names, lora, freeze)
+            except InputError as error:
+                raise InputError(f"{path}.{error}") from error
 
 
 def names_of(context: StageContext, model: ExternalInput, digest: str) -> ModuleNames:

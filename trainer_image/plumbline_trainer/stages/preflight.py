@@ -8,27 +8,25 @@ import secrets
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from plumbline_api.artifacts import FORMAT_DESCRIPTIONS
-from plumbline_api.evaluation import Evaluate
 from plumbline_api.quantities import parse_quantity
-from plumbline_api.record import ExternalInput, RunRecord, StageRecord, fingerprints
+from plumbline_api.record import RunRecord, StageRecord, fingerprints
 from plumbline_api.stagerun import PreflightFindings
-from plumbline_api.stages import REHEARSAL_FORMATS, STAGE_TYPES, SUITE_FORMATS
-from plumbline_api.training import Kto, Training
+from plumbline_api.stages import STAGE_TYPES
+from plumbline_api.training import Kto
 from pydantic.alias_generators import to_camel
 
 from plumbline_trainer.context import StageContext, StageOutput
-from plumbline_trainer.data.loading import split_remedy
-from plumbline_trainer.data.splits import Split
+from plumbline_trainer.data.loading import load_dataset
 from plumbline_trainer.errors import InputError, Interrupted
-from plumbline_trainer.models.ancestry import TRAINING_ROLES
-from plumbline_trainer.planning.datasets import DatasetFindings, Leak, find_leaks, survey
+from plumbline_trainer.planning.datasets import DatasetFindings, Leak, as_input, find_leaks, survey
 from plumbline_trainer.planning.estimates import Estimate, estimate, shown_bytes
 from plumbline_trainer.planning.facts import ModelFacts, local_tokenizer, model_facts
 from plumbline_trainer.planning.hits import Hit, find_hits
-from plumbline_trainer.planning.lengths import leaves_no_row, length_note
+from plumbline_trainer.planning.lengths import length_note
 from plumbline_trainer.planning.pins import Pin, pin
+from plumbline_trainer.planning.problems import Problems
 from plumbline_trainer.planning.selections import check_selections
+from plumbline_trainer.planning.uses import check_uses, dataset_inputs, readers
 from plumbline_trainer.storage import uris
 
 PLAN_FILE = "plan.json"
@@ -57,32 +55,30 @@ def run(context: StageContext) -> StageOutput:
     """Pin, read, check, estimate, and look up what is in storage already.
 
     Raises:
-        InputError: for the first thing a person must mend, with where it stands and what to do.
+        InputError: for everything a person must mend, with where it stands and what to do.
     """
     record = context.run.record
     if record is None:
         raise InputError("preflight was started without the run record")
     check_numerics(record)
     found = Findings(conditional_writes=probe_storage(context))
-    for number, item in enumerate(record.external_inputs):
-        _step(context, number, 2 * len(record.external_inputs), f"pinning {item.name}")
-        found.pins.append(pin(context, item))
+    problems = Problems()
+    pins = pin_inputs(context, record, problems)
+    read_models(context, record, pins, found, problems)
+    read_datasets(context, record, pins, found, problems)
+    check_uses(record, found.datasets, problems)
+    if problems.found:
+        write_plan(context, refused(record, problems))
+        for message in problems.messages:
+            context.log.error("%s", message)
+        raise problems.as_error(PLAN_FILE)
+    found.pins = [one for one in pins if one is not None]
     digests = [item.digest for item in found.pins]
-    for number, item in enumerate(record.external_inputs):
-        _step(context, len(digests) + number, 2 * len(digests), f"reading {item.name}")
-        if item.kind == "policy":
-            found.models[item.name] = model_facts(context, item, digests[number])
-    check_selections(context, record, record.external_inputs[0], digests[0])
-    read_datasets(context, record, digests, found)
-    check_stages(record, found.datasets)
     found.leaks = find_leaks(found.datasets.values(), *readers(record))
     found.hits = find_hits(context.store, record, fingerprints(record, digests))
     estimate_stages(record, found)
     found.notes = notes(record, found)
-    plan = to_plan(record, found)
-    context.store.put_bytes(
-        uris.join(context.pipeline_root, PLAN_FILE), json.dumps(plan, ensure_ascii=False, indent=1).encode()
-    )
+    write_plan(context, to_plan(record, found))
     return StageOutput(
         folder=context.scratch,
         kind="report",
@@ -129,110 +125,57 @@ def probe_storage(context: StageContext) -> bool:
         context.store.delete_prefix(folder)
 
 
-def read_datasets(context: StageContext, record: RunRecord, digests: list[str], found: Findings) -> None:
+def pin_inputs(context: StageContext, record: RunRecord, problems: Problems) -> list[Pin | None]:
+    """Pin every external input; None for one that is not there or cannot be read."""
+    pins: list[Pin | None] = []
+    for number, item in enumerate(record.external_inputs):
+        _step(context, number, 2 * len(record.external_inputs), f"pinning {item.name}")
+        found = None
+        with problems.collecting():
+            found = pin(context, item)
+        pins.append(found)
+    return pins
+
+
+def read_models(
+    context: StageContext, record: RunRecord, pins: list[Pin | None], found: Findings, problems: Problems
+) -> None:
+    """Read the sizes of every model, and compare what stages name with the parts of the one they start from."""
+    for number, (item, one) in enumerate(zip(record.external_inputs, pins, strict=True)):
+        if item.kind != "policy" or one is None:
+            continue
+        _step(context, len(pins) + number, 2 * len(pins), f"reading {item.name}")
+        with problems.collecting():
+            found.models[item.name] = model_facts(context, item, one.digest)
+            if item.name == "model":
+                check_selections(context, record, item, one.digest, problems)
+
+
+def read_datasets(
+    context: StageContext, record: RunRecord, pins: list[Pin | None], found: Findings, problems: Problems
+) -> None:
     """Read every dataset that was not read before with this content and this model.
 
-    Raises:
-        InputError: if one cannot be read, or has more bad rows than allowed.
+    Where the model cannot be read, rows are checked but not measured.
     """
-    model = next(item for item in record.external_inputs if item.name == "model")
-    model_digest = digests[record.external_inputs.index(model)]
+    number = next(index for index, item in enumerate(record.external_inputs) if item.name == "model")
+    model, model_pin = record.external_inputs[number], pins[number]
     tokenizer = None
-    for item, digest in zip(record.external_inputs, digests, strict=True):
-        if item.kind != "dataset":
+    for index, (item, one) in enumerate(zip(record.external_inputs, pins, strict=True)):
+        if item.kind != "dataset" or one is None:
             continue
-        known = survey(context, item, digest, model_digest, tokenizer)
-        if known is None:
-            _check_stop(context)
-            # Loading a tokenizer takes seconds: only where some dataset is new.
-            tokenizer = local_tokenizer(context, model, model_digest)
-            known = survey(context, item, digest, model_digest, tokenizer)
-            assert known is not None
-        found.datasets[known.name] = known
-
-
-def check_stages(record: RunRecord, datasets: dict[str, DatasetFindings]) -> None:
-    """Compare what datasets hold with what stages take, now that formats are known.
-
-    Raises:
-        InputError: in the words of the static check; or for a split without rows.
-    """
-    for index, stage in enumerate(record.stages):
-        for role, item in _dataset_inputs(record, stage):
-            found = datasets[item.name.removeprefix("dataset/")]
-            field_path, formats, split, owner = _need(stage, index, role)
-            if found.format not in formats:
-                fits = [other.name for other in datasets.values() if other.format in formats]
-                needed = " or ".join(FORMAT_DESCRIPTIONS[name] for name in sorted(formats))
-                raise InputError(
-                    f'{field_path}: "{found.name}" holds {FORMAT_DESCRIPTIONS[found.format]}; {owner} needs {needed}. '
-                    f"Datasets that fit: {', '.join(fits) or 'none'}"
-                )
-            if not found.splits[split].rows:
-                there = ", ".join(f"{part.rows:,} in {name}" for name, part in found.splits.items() if part.rows)
-                raise InputError(
-                    f'{field_path}: "{found.name}" has no rows in its {split} split ({found.rows:,} rows: {there}). '
-                    f"{split_remedy(split)}"
-                )
-            if stage.type == "kto":
-                if (fault := found.splits[split].labels.one_sided) is not None:
-                    raise InputError(f'{field_path}: "{found.name}" {fault}')
-                for part in ("train", "evaluation"):
-                    if found.splits[part].rows == 1:
-                        raise InputError(
-                            f'{field_path}: "{found.name}" has one row in its {part} split; kto compares rows with '
-                            "each other. Add rows, or change datasets[].split"
-                        )
-            needs = Training.model_validate(stage.parameters.get("training", {})).needs_evaluation
-            if role == "dataset" and needs is not None and not found.splits["evaluation"].rows:
-                raise InputError(
-                    f'spec.stages[{index}].{stage.type}.training.{needs}: "{found.name}" has no rows in its evaluation '
-                    f"split ({found.rows:,} rows). {split_remedy('evaluation')}"
-                )
-            limit = stage.parameters.get("training", {}).get("maxLength")
-            if role == "dataset" and limit is not None and leaves_no_row(found.splits[split], limit):
-                shortest = found.splits[split].prompts[0]
-                raise InputError(
-                    f"spec.stages[{index}].{stage.type}.training.maxLength: {limit} tokens leave no room for an answer "
-                    f'in any row of "{found.name}", whose shortest prompt has {shortest:,}. Raise it'
-                )
-
-
-def _need(stage: StageRecord, index: int, role: str) -> tuple[str, frozenset[str], Split, str]:
-    """Field path, formats that fit, split that is read, and who needs it."""
-    here = f"spec.stages[{index}].{stage.type}"
-    if role == "dataset":
-        return f"{here}.dataset", STAGE_TYPES[stage.type].dataset_formats or frozenset(), "train", stage.type
-    if role.startswith("rehearsal."):
-        return f"{here}.rehearsal[{role.split('.')[1]}].dataset", REHEARSAL_FORMATS, "train", "rehearsal"
-    if role == "ewc.dataset":
-        return f"{here}.{role}", REHEARSAL_FORMATS, "train", "ewc"
-    suite = _evaluate(stage).suites[int(role.split(".")[1])]
-    path = f"{here}.suites[{role.split('.')[1]}].{suite.choice}.dataset"
-    split: Split = suite.value.split
-    return path, SUITE_FORMATS[suite.choice], split, suite.choice
-
-
-def _evaluate(stage: StageRecord) -> Evaluate:
-    return Evaluate.model_validate({key: value for key, value in stage.parameters.items() if key != "seed"})
-
-
-def _dataset_inputs(record: RunRecord, stage: StageRecord) -> list[tuple[str, ExternalInput]]:
-    external = [(ref.role, record.external_inputs[ref.external]) for ref in stage.inputs if ref.external is not None]
-    return [(role, item) for role, item in external if item.kind == "dataset"]
-
-
-def readers(record: RunRecord) -> tuple[list[str], list[tuple[str, str]]]:
-    """Names of the datasets that are trained on, and name and split of those that are measured on."""
-    trained, tested = [], []
-    for index, stage in enumerate(record.stages):
-        for role, item in _dataset_inputs(record, stage):
-            name = item.name.removeprefix("dataset/")
-            if role.split(".")[0] in TRAINING_ROLES:
-                trained.append(name)
-            else:
-                tested.append((name, str(_need(stage, index, role)[2])))
-    return trained, tested
+        _step(context, len(pins) + index, 2 * len(pins), f"reading {item.name}")
+        with problems.collecting():
+            if model_pin is None or model.name not in found.models:
+                load_dataset(context, as_input(item, one.digest))
+                continue
+            known = survey(context, item, one.digest, model_pin.digest, tokenizer)
+            if known is None:
+                # Loading a tokenizer takes seconds: only where some dataset is new.
+                tokenizer = local_tokenizer(context, model, model_pin.digest)
+                known = survey(context, item, one.digest, model_pin.digest, tokenizer)
+                assert known is not None
+            found.datasets[known.name] = known
 
 
 def estimate_stages(record: RunRecord, found: Findings) -> None:
@@ -242,7 +185,7 @@ def estimate_stages(record: RunRecord, found: Findings) -> None:
     for stage in record.stages:
         read = [
             found.datasets[item.name.removeprefix("dataset/")].splits["train"]
-            for role, item in _dataset_inputs(record, stage)
+            for role, item in dataset_inputs(record, stage)
             if role == "dataset" or role.startswith("rehearsal.")
         ]
         rows = read[0] if read else None
@@ -262,7 +205,7 @@ def notes(record: RunRecord, found: Findings) -> list[str]:
         need = found.estimates[stage.name].memory
         if memory is not None and need is not None and stage.resources.gpus_per_node and need > parse_quantity(memory):
             said.append(f"{stage.name} is estimated to need {shown_bytes(need)} per accelerator, which has {memory}")
-        for _, source in _dataset_inputs(record, stage) if stage.type == "kto" else ():
+        for _, source in dataset_inputs(record, stage) if stage.type == "kto" else ():
             parameters = Kto.model_validate({key: value for key, value in stage.parameters.items() if key != "seed"})
             labels = found.datasets[source.name.removeprefix("dataset/")].splits["train"].labels
             if (advice := labels.advice(parameters)) is not None:
@@ -286,7 +229,7 @@ def notes(record: RunRecord, found: Findings) -> list[str]:
 def _length_note(record: RunRecord, stage: StageRecord, found: Findings) -> str | None:
     """Rows that the limit of a training stage cuts; raw text goes on in the next sequence and is never cut."""
     limit = stage.parameters.get("training", {}).get("maxLength")
-    for role, item in _dataset_inputs(record, stage):
+    for role, item in dataset_inputs(record, stage):
         rows = found.datasets[item.name.removeprefix("dataset/")]
         if role == "dataset" and limit is not None and rows.format != "text":
             return length_note(rows.splits["train"], int(limit))
@@ -324,6 +267,23 @@ def to_plan(record: RunRecord, found: Findings) -> dict[str, Any]:
         ],
         "notes": found.notes,
     }
+
+
+def refused(record: RunRecord, problems: Problems) -> dict[str, Any]:
+    """plan.json of a run that cannot begin."""
+    return {
+        "version": 1,
+        "pipeline": record.pipeline.to_wire(),
+        "recordDigest": record.digest(),
+        "problems": [{"reason": error.reason, "message": str(error)} for error in problems.found],
+    }
+
+
+def write_plan(context: StageContext, plan: dict[str, Any]) -> None:
+    """Write plan.json."""
+    context.store.put_bytes(
+        uris.join(context.pipeline_root, PLAN_FILE), json.dumps(plan, ensure_ascii=False, indent=1).encode()
+    )
 
 
 def _wire(value: Any) -> dict[str, Any]:

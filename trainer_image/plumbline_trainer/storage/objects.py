@@ -59,6 +59,9 @@ class Backend(Protocol):
     def get_bytes(self, place: Location) -> bytes:
         """Read an object."""
 
+    def get_range(self, place: Location, offset: int, length: int) -> bytes:
+        """Read so many bytes of an object that has them."""
+
     def head(self, place: Location) -> tuple[int, str, str] | None:
         """Size, ETag and time; None if it is not there."""
 
@@ -106,6 +109,11 @@ class ObjectStore:
         """A small object."""
         backend, place = self._at(uri)
         return backend.get_bytes(place)
+
+    def get_range(self, uri: str, offset: int, length: int) -> bytes:
+        """A part of an object, which must be within its size."""
+        backend, place = self._at(uri)
+        return backend.get_range(place, offset, length)
 
     def hash(self, uri: str) -> tuple[str, int]:
         """SHA-256 and size of an object's bytes as they are read now; nothing is kept."""

@@ -38,7 +38,7 @@ def read_hashed(
     digest = hashlib.sha256()
 
     def fetch(offset: int) -> bytes:
-        data = first if offset == 0 else _range(client, bucket, key, offset, min(RANGE, size - offset), etag)
+        data = first if offset == 0 else read_range(client, bucket, key, offset, min(RANGE, size - offset), etag)
         if sink is not None:
             sink(offset, data)
         return data
@@ -86,7 +86,12 @@ def _first(client: Any, bucket: str, key: str) -> tuple[bytes, int, str]:
     raise AssertionError
 
 
-def _range(client: Any, bucket: str, key: str, offset: int, length: int, etag: str) -> bytes:
+def read_range(client: Any, bucket: str, key: str, offset: int, length: int, etag: str = "") -> bytes:
+    """Read one range, which must be within the object.
+
+    Raises:
+        ClientError: among others with code PreconditionFailed, if an ETag is given and the object has another.
+    """
     same = {"IfMatch": etag} if etag else {}
     for attempt in range(ATTEMPTS):
         try:

@@ -28,7 +28,7 @@ from s3transfer.exceptions import RetriesExceededError  # type: ignore[import-un
 
 from plumbline_trainer.errors import InputError, TransientError
 from plumbline_trainer.storage.files import file_digest, replaced
-from plumbline_trainer.storage.ranges import read_hashed
+from plumbline_trainer.storage.ranges import read_hashed, read_range
 from plumbline_trainer.storage.uris import Location
 
 CREDENTIAL_KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN)"
@@ -155,6 +155,11 @@ class S3Backend:
         with self._explained(place, f"reading {_shown(place)}"):
             data: bytes = self._client.get_object(Bucket=place.bucket, Key=place.key)["Body"].read()
             return data
+
+    def get_range(self, place: Location, offset: int, length: int) -> bytes:
+        """Read a part of an object."""
+        with self._explained(place, f"reading {_shown(place)}"):
+            return read_range(self._client, place.bucket, place.key, offset, length)
 
     def hash(self, place: Location) -> tuple[str, int]:
         """Stream an object through SHA-256."""
