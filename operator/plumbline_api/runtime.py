@@ -59,7 +59,7 @@ class PodClass(Contract):
     memory: Quantity = "4Gi"
     """Memory request and limit per pod where a stage does not say."""
     ephemeral_storage: Quantity = "50Gi"
-    """Disk that a pod asks for and may fill: the scratch volume on /tmp, and its log."""
+    """Disk that a pod may fill: the scratch volume on /tmp, and its log. It asks for at most 2Gi of it."""
     shared_memory: Quantity | None = None
     """Size of /dev/shm. Absent: the container engine's."""
     node_selector: Annotated[dict[str, Annotated[str, Field(max_length=63)]], Field(max_length=16)] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from plumbline_api.quantities import parse_duration
+from plumbline_api.quantities import parse_duration, parse_quantity
 from plumbline_api.record import RunRecord
 from plumbline_api.runtime import PodClass, RuntimeSpec
 
@@ -25,6 +25,7 @@ CONTAINER = "trainer"
 CLAIMS_PATH = "/mnt/claims"
 PROGRESS_CA_ANNOTATION = "plumbline.dev/progress-ca"
 TOKEN_SECONDS = 3600
+SCRATCH_REQUEST = "2Gi"
 
 
 def pod_spec(
@@ -98,13 +99,22 @@ def pod_spec(
 
 
 def _resources(start: StartStage, runtime: RuntimeSpec, pieces: PodClass, cpu: str) -> Manifest:
-    """Memory, disk and accelerators are asked for and limited alike; CPU is only asked for: idle cores get used."""
+    """Memory and accelerators are asked for and limited alike; CPU is only asked for: idle cores get used.
+
+    The scratch disk's size is a ceiling that few stages come near: no more of it is asked for than keeps pods off a node
+    whose disk is full.
+    """
     memory = start.resources.memory or pieces.memory
-    fixed: dict[str, str] = {"memory": memory, "ephemeral-storage": pieces.ephemeral_storage}
+    fixed: dict[str, str] = {"memory": memory}
     gpus = start.resources.gpus_per_node or 0
     if gpus and runtime.accelerator is not None:
         fixed[runtime.accelerator.resource_name] = str(gpus)
-    return {"requests": {"cpu": cpu, **fixed}, "limits": fixed}
+    disk = pieces.ephemeral_storage
+    asked = min(disk, SCRATCH_REQUEST, key=parse_quantity)
+    return {
+        "requests": {"cpu": cpu, **fixed, "ephemeral-storage": asked},
+        "limits": {**fixed, "ephemeral-storage": disk},
+    }
 
 
 def _volumes(
