@@ -67,7 +67,7 @@ def estimate(
             epochs=training.epochs,
             max_steps=training.max_steps,
             rehearsal=[(_names(other), part) for other, part in zip(rehearsed, shares, strict=True)],
-            least=2 if stage.type == "kto" else 1,
+            least=parameters.least_rows,
         )
         steps = plan.steps if training.range_test is None else training.range_test.steps
         taken = steps * training.global_batch
