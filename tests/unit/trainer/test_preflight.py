@@ -233,6 +233,18 @@ def test_parts_that_the_model_does_not_have_are_refused(
     assert (code, result.reason, result.message) == (2, "BadInput", f"spec.stages[0].sft.{said}")
 
 
+def test_a_head_that_no_reward_model_reads_is_not_trained(tmp_path: Path) -> None:
+    untied = tmp_path / "untied"
+    tiny.save_model(untied, tie=False)
+    stage = {"name": "reward", "rewardModel": {"dataset": "p", "lora": {"modulesToSave": ["lm_head"]}}}
+    result, code = preflight(pipeline(tmp_path, untied, [stage]))
+    assert (code, result.reason) == (2, "BadInput")
+    assert result.message == (
+        'spec.stages[0].rewardModel.lora.modulesToSave: "lm_head" is the head over the vocabulary, which a reward model '
+        "does not read. Leave it out"
+    )
+
+
 class TestFourBits:
     """QLoRA is refused where it cannot be: never another precision instead."""
 

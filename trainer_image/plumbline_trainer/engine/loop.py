@@ -68,7 +68,9 @@ class TrainingRun:
         self.penalties: list[Penalty] = []
         """What is added to the loss of the rows; a stage may add its own before it trains."""
         if training.l2sp is not None:
-            self.penalties.append(L2Sp(training.l2sp, displacements(scorer.model, self.trainables).values()))
+            # New heads have no start that could be forgotten: only what the model brought along is held.
+            old = scorer.model_trainables()
+            self.penalties.append(L2Sp(training.l2sp, displacements(scorer.model, old).values()))
         self._checkpoint: Checkpoint | None = load_latest_checkpoint(context)
         found = self._checkpoint
         if not ranks.same(found.step if found is not None else -1):
@@ -150,9 +152,12 @@ class TrainingRun:
                 self._save()
         if self.state.ended:
             self._announce(f"stopped after step {self.state.step} of {self.plan.steps}: {self.state.ended}")
-        if self.state.selected and self.ranks.is_main:
+        if self.state.selected:
             self._announce(f"the output is the weights after step {self.state.selected['step']:.0f}")
-            self.selection.put_back(self.trainables)
+            if self.ranks.is_main:
+                self.selection.put_back(self.trainables)
+            # A stage may measure what it yields with all ranks.
+            self.ranks.share([parameter.data for parameter in self.trainables.values()])
         wait_for_uploads(self.context)
         self.ranks.wait()
 

@@ -66,6 +66,7 @@ def reward_config(run: TrainingRun, scorer: ValueScorer, parameters: RewardModel
         mean=rewards.mean(dim=0).tolist(),
         std=rewards.std(dim=0, correction=0).tolist(),
         lora=parameters.lora,
+        freeze=parameters.freeze,
     )
 
 

@@ -12,7 +12,7 @@ from plumbline_api.training import Freeze, Lora
 
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.models.quantization import refuse_without_device, refuse_without_package
-from plumbline_trainer.models.selection import ModuleNames, select
+from plumbline_trainer.models.selection import ModuleNames, refuse_unread_head, select
 from plumbline_trainer.planning.facts import CACHE_FOLDER, small_files
 from plumbline_trainer.storage import uris
 from plumbline_trainer.storage.manifests import read_json
@@ -20,7 +20,7 @@ from plumbline_trainer.storage.manifests import read_json
 if TYPE_CHECKING:
     from plumbline_trainer.context import StageContext
 
-NAMES_VERSION = 1
+NAMES_VERSION = 2
 
 
 def check_selections(context: StageContext, record: RunRecord, model: ExternalInput, digest: str) -> None:
@@ -40,7 +40,10 @@ def check_selections(context: StageContext, record: RunRecord, model: ExternalIn
             refuse_without_device(field, cuda=_has_cuda(record, stage))
             refuse_without_package(field)
         try:
-            select(names_of(context, model, digest), lora, freeze)
+            names = names_of(context, model, digest)
+            select(names, lora, freeze)
+            if stage.type == "rewardModel":
+                refuse_unread_head(names, lora)
         except InputError as error:
             raise InputError(f"{path}.{error}") from error
 
