@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from plumbline_api.stagerun import METRICS_MAX
 from plumbline_api.training import EarlyStopping, Training
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.selection import Selection
@@ -207,3 +208,26 @@ def test_two_ranks_select_the_same(tmp_path: Path) -> None:
     assert one["selectedStep"] == two["selectedStep"]
     assert one["evalLoss"] == pytest.approx(two["evalLoss"], rel=1e-4)
     assert all(torch.allclose(tensor, others[name], atol=1e-3) for name, tensor in weights.items())
+
+
+def test_what_gates_may_ask_for_travels_with_everything_turned_on(tmp_path: Path) -> None:
+    """20 figures fit into status; those that only tell how the stage went stand behind."""
+    training = {"globalBatch": 4, "maxSteps": 2, "evaluateEverySteps": 1, "l2sp": 0.1, "earlyStopping": {}}
+    ewc, rehearsal = {"dataset": "old", "rows": 2}, [{"dataset": "old", "share": 0.2}]
+    everything: dict[str, tuple[dict[str, Any], set[str]]] = {
+        "sft": (
+            {"kl": {}, "ewc": ewc, "rehearsal": rehearsal},
+            {"evalLoss", "kl", "ewc", "l2sp", "lostPart", "steps", "plainPath"},
+        ),
+        "dpo": ({"sftWeight": 0.5}, {"evalRewardAccuracy", "rewardMargin", "lostPart", "steps", "plainPath"}),
+        "rewardModel": ({"heads": 2, "centring": 0.01}, {"accuracy.lower", "disagreement", "evalLoss", "l2sp"}),
+    }
+    for type_, (stage, wanted) in everything.items():
+        others = {"ewc.dataset": "promptCompletion", "rehearsal.0.dataset": "text"} if type_ == "sft" else {}
+        run = training_run(
+            tmp_path / type_, type_, lora={"rank": 4}, evaluation=0.3, stage=stage, others=others, **training
+        )
+        result, code = run_in_process(tmp_path / type_, run)
+        assert code == 0, result.message
+        assert len(result.metrics) == METRICS_MAX or type_ == "sft"
+        assert wanted | {"selectedStep", "stoppedEarly", "droppedRows", "truncatedRows"} <= result.metrics.keys(), type_

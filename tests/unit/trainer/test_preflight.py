@@ -13,6 +13,7 @@ from plumbline_api.record import fingerprints
 from plumbline_api.stagerun import StageResult
 from plumbline_trainer.context import StageOutput
 from plumbline_trainer.models.policy import load_policy
+from plumbline_trainer.planning import selections
 from plumbline_trainer.storage.manifests import commit_output
 from support import tiny
 from support.trainer import LocalPipeline, output_folder, run_in_process, stage_context, write_jsonl
@@ -266,6 +267,23 @@ class TestFourBits:
         assert (code, result.reason) == (2, "BadInput")
         assert "needs the Python package" in result.message
         assert "The platform team adds it to the image" in result.message
+
+    def test_a_judge_that_was_trained_on_them(
+        self, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        suite = {"winRate": {"dataset": "p", "judge": {"stage": "reward"}}}
+        stages = [
+            {"name": "reward", "rewardModel": {"dataset": "p", "lora": {"quantization": "nf4"}}},
+            {"name": "exam", "evaluate": {"suites": [suite]}},
+        ]
+        monkeypatch.setattr(selections, "_has_cuda", lambda _, stage: stage.type != "evaluate")
+        monkeypatch.setattr(selections, "refuse_without_package", lambda _: None)
+        result, code = preflight(pipeline(tmp_path, model, stages))
+        assert (code, result.reason) == (2, "BadInput")
+        assert result.message.startswith(
+            "spec.stages[1].evaluate.suites[0].winRate.judge.stage: the lora.quantization of reward: nf4 needs a CUDA "
+            "device, and this stage has none. Set resources.gpusPerNode to 1 or more"
+        )
 
     def test_the_stage_refuses_as_well(self, tmp_path: Path, model: Path) -> None:
         from plumbline_trainer.errors import InputError
@@ -559,3 +577,14 @@ def test_pairs_are_balanced_answers(tmp_path: Path, model: Path) -> None:
     assert code == 0, result.message
     assert result.preflight is not None
     assert not [note for note in result.preflight.notes if note.startswith("thumbs: ")]
+
+
+def test_answers_of_other_rows_are_counted(tmp_path: Path, model: Path) -> None:
+    """Of the same pairs kto takes twice the tokens of dpo: every answer is compared with one of another row."""
+    training = {"maxLength": 64, "globalBatch": 8}
+    stages = [{"name": name, name: {"dataset": "p", "training": training}} for name in ("dpo", "kto")]
+    made = pipeline(tmp_path, model, stages)
+    result, code = preflight(made)
+    assert code == 0, result.message
+    pairs_alone, compared = (item["estimate"]["tokens"] for item in plan_of(made)["stages"])
+    assert compared == pytest.approx(2 * pairs_alone, abs=2)

@@ -1,9 +1,10 @@
 """What a stage will take: steps, tokens, memory and accelerator time. Estimates, and named so.
 
 Memory of a training rank, in bytes: frozen weights in the resolved precision, 16 per trainable parameter (float32
-weight, gradient and two AdamW moments), activations of one micro-batch, and a constant for the runtime. Activations per
-token and layer: about 10 hidden vectors, the attention's projections and 3 vectors of the feed-forward width; with
-gradient checkpointing one hidden vector per layer and one layer in full. Logits are made in chunks and do not count.
+weight, gradient and two AdamW moments), what penalties hold, activations of one micro-batch, and a constant for the
+runtime. Activations per token and layer: about 10 hidden vectors, the attention's projections and 3 vectors of the
+feed-forward width; with gradient checkpointing one hidden vector per layer and one layer in full. Logits are made in
+chunks and do not count.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def estimate(
             taken = min(taken, math.ceil(max(training.epochs, 1 / rows.rows) * plan.rows_per_epoch))
         mixed = [(rows, 1.0 - sum(shares)), *zip(rehearsed, shares, strict=True)]
         per_row = sum(part * found.tokens(training.max_length) / found.rows for found, part in mixed)
-        tokens = round(taken * per_row * _answers(stage, rows))
+        tokens = round(taken * per_row * (_answers(stage, rows) + _compared(stage, rows)))
         if tokens_per_second is not None and stage.resources.gpus_per_node:
             rate = tokens_per_second * 1e9 / facts.parameters
             gpu_hours = round(tokens / rate / 3600, 4)
@@ -95,8 +96,19 @@ def _answers(stage: StageRecord, rows: SplitFindings) -> float:
     """Answers of a row that go through the model, each taken to be as long as the longest with its prompt."""
     if stage.type in ("rewardModel", "rrhf"):
         return rows.answers
-    # A pair; in kto an answer of its own and one that does not belong to it.
+    if stage.type == "kto":
+        return _labelled(rows)
     return 1 if stage.type in ("pretrain", "sft") else 2
+
+
+def _compared(stage: StageRecord, rows: SplitFindings) -> float:
+    """Answers of other rows that go through the model with a row's prompt, without gradients."""
+    return _labelled(rows) if stage.type == "kto" else 0
+
+
+def _labelled(rows: SplitFindings) -> float:
+    """Answers of a row that a label calls good or bad."""
+    return (rows.desirable + rows.undesirable) / rows.rows
 
 
 def lora_parameters(rank: int, targets: list[str] | None, facts: ModelFacts) -> int:
@@ -130,9 +142,14 @@ def _training_memory(parameters: TrainingStage, training: Training, facts: Model
         )
         # Four bits and the scale of every 64 weights.
         frozen = facts.parameters * width if lora.quantization is None else round(facts.parameters * 0.56)
-        weights = frozen + 16 * trainable
+        weights, held = frozen + 16 * trainable, 0
     else:
-        weights = 16 * facts.parameters
+        # Penalties hold a copy of the start.
+        weights, held = 16 * facts.parameters, 4 * facts.parameters
+    if training.l2sp is not None:
+        weights += held
+    if getattr(parameters, "ewc", None) is not None:
+        weights += held + 4 * facts.parameters
     layer = _activations_per_layer(facts)
     per_token = facts.hidden * facts.layers + layer if training.gradient_checkpointing else layer * facts.layers
     return round(RUNTIME_BYTES + weights + tokens * per_token * width)

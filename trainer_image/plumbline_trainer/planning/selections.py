@@ -30,6 +30,7 @@ def check_selections(context: StageContext, record: RunRecord, model: ExternalIn
         InputError: with the path of the field.
     """
     for index, stage in enumerate(record.stages):
+        _check_judges(record, stage, f"spec.stages[{index}].evaluate")
         lora = Lora.model_validate(stage.parameters["lora"]) if "lora" in stage.parameters else None
         freeze = Freeze.model_validate(stage.parameters["freeze"]) if "freeze" in stage.parameters else None
         if lora is None and freeze is None:
@@ -46,6 +47,19 @@ def check_selections(context: StageContext, record: RunRecord, model: ExternalIn
                 refuse_unread_head(names, lora)
         except InputError as error:
             raise InputError(f"{path}.{error}") from error
+
+
+def _check_judges(record: RunRecord, stage: StageRecord, path: str) -> None:
+    """A reward model that was trained on 4-bit weights scores with them."""
+    for ref in stage.inputs:
+        if ref.stage is None or not ref.role.endswith(".judge"):
+            continue
+        judge = record.stage(ref.stage)
+        if (judge.parameters.get("lora") or {}).get("quantization") is not None:
+            field = (
+                f"{path}.suites[{ref.role.split('.')[1]}].winRate.judge.stage: the lora.quantization of {judge.name}"
+            )
+            refuse_without_device(field, cuda=_has_cuda(record, stage))
 
 
 def names_of(context: StageContext, model: ExternalInput, digest: str) -> ModuleNames:
