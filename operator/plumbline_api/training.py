@@ -490,3 +490,14 @@ DEFAULT_LEARNING_RATES: dict[str, tuple[float, float]] = {
     "rrhf": (5e-6, 1e-6),
 }
 """Peak learning rate with LoRA and without, by stage type."""
+
+_REWARDS = ("evalLoss", "evalRewardAccuracy", "evalRewardMargin")
+_PAIRS = (*_REWARDS, "evalRewardChosen", "evalRewardRejected", "evalLogpsChosen", "evalLogpsRejected", "evalSftLoss")
+EVALUATION_FIGURES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("pretrain", "sft"), ("evalLoss",)),
+    "rewardModel": (*_REWARDS, "evalRewardMean"),
+    **dict.fromkeys(("dpo", "orpo", "simpo", "cpo"), _PAIRS),
+    "kto": (*_REWARDS, "evalKl", "evalRewardDesirable", "evalRewardUndesirable"),
+    "rrhf": (*_REWARDS, "evalRankingLoss", "evalSftLoss"),
+}
+"""Figures of a stage's evaluations, by stage type; evalSftLoss only where the loss has a likelihood."""
