@@ -51,8 +51,6 @@ RANKING_FORMATS = PREFERENCE_FORMATS
 """Formats that put the answers to one prompt in an order."""
 UNPAIRED_FORMATS = frozenset({"unpaired"}) | PREFERENCE_FORMATS
 """Formats that say of an answer whether it is desirable; of a pair, the chosen one is and the rejected one is not."""
-PROMPT_FORMATS = SUPERVISED_FORMATS | PREFERENCE_FORMATS
-"""Formats whose rows have a prompt that a policy can answer."""
 LIKELIHOOD_FORMATS = SUPERVISED_FORMATS | TEXT_FORMATS | PREFERENCE_FORMATS
 """Formats with tokens whose likelihood can be measured; of preference and ranked rows, the chosen or best answer."""
 

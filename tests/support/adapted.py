@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from plumbline_api.training import Lora
+from plumbline_trainer.engine.optimizer import named_trainables
 from plumbline_trainer.models import adapters
 from support.tiny import Style
 
@@ -31,7 +32,7 @@ def lora_of(kind: str, style: Style = "llama", **fields: Any) -> Lora:
 def move(model: Any, seed: int, size: float = 0.02) -> Any:
     """Move everything that an attached adapter trains away from where it started; returns the model."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in adapters.trainable_parameters(model).items():
+    for name, parameter in named_trainables(model).items():
         noise = torch.randn(parameter.shape, generator=generator)
         if "lora_B" in name:
             parameter.copy_(noise * size)

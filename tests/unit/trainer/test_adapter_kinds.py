@@ -11,6 +11,7 @@ import pytest
 import torch
 from plumbline_api.errors import InputError
 from plumbline_api.training import Freeze, Lora
+from plumbline_trainer.engine.optimizer import named_trainables
 from plumbline_trainer.models import adapters, merging
 from plumbline_trainer.models.loading import load_base, torch_dtype
 from plumbline_trainer.models.probing import adapter_on
@@ -155,7 +156,7 @@ def test_a_fresh_adapter_of_every_kind_changes_nothing(style):
 def test_trainables_are_float32_over_a_bfloat16_base():
     model = tiny.make_model("llama").bfloat16()
     adapters.attach_lora(model, lora_of("everything"), 0)
-    trainables = adapters.trainable_parameters(model)
+    trainables = named_trainables(model)
     saved = [name for name in trainables if "lora_" not in name]
     assert saved == [
         "model.embed_tokens.weight",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from plumbline_api.errors import InputError
 from plumbline_api.training import Lora
+from plumbline_trainer.engine.optimizer import named_trainables
 from plumbline_trainer.models import adapters, merging
 from plumbline_trainer.models.loading import load_base, torch_dtype
 from plumbline_trainer.models.saving import save_full
@@ -23,7 +24,7 @@ def perturbed_adapter(model, lora, seed):
     adapters.attach_lora(model, lora, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in adapters.trainable_parameters(model).items():
+        for name, parameter in named_trainables(model).items():
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
     return model
@@ -171,7 +172,7 @@ PINNED_FACTOR = "073f9ac4f3430b63cbb07ca184efbe7ca923099789ac5747d8651d1ffde6f02
 def test_trainables_are_float32_over_a_frozen_base():
     model = tiny.make_model("llama").bfloat16()
     adapters.attach_lora(model, Lora(rank=4), 0)
-    trainables = adapters.trainable_parameters(model)
+    trainables = named_trainables(model)
     assert len(trainables) == 2 * 2 * 7
     assert all("lora_" in name for name in trainables)
     assert {parameter.dtype for parameter in trainables.values()} == {torch.float32}

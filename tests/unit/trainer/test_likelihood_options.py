@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from plumbline_api.training import Dpo, Lora, RewardModel, Sft, TrainingStage
+from plumbline_trainer.engine.optimizer import named_trainables as trainables
 from plumbline_trainer.engine.packing import pack
 from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.models.adapters import adapters_disabled, attach_lora
-from plumbline_trainer.models.adapters import trainable_parameters as trainables
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from support.encoded import make_completion

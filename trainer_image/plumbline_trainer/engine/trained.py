@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any, TypeVar
 
-import torch
 from plumbline_api.training import Freeze, Lora, TrainingStage
 from transformers import PreTrainedModel
 
@@ -152,12 +151,3 @@ def report_rows(context: StageContext, encoded: EncodedRows, what: str) -> None:
     context.log.info("%s: %s", what, counts)
     for example in encoded.examples:
         context.log.warning("%s", example)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Largest memory of this process so far: of the device, or resident on a CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

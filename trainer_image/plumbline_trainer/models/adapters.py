@@ -121,11 +121,6 @@ def initial_factor(seed: int, module: str, rank: int, width: int) -> Tensor:
     return torch.from_numpy((unit * np.float32(1.0 / math.sqrt(width))).reshape(rank, width))
 
 
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What the optimizer moves, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """While this is open, the model computes without its adapter: as the policy that training started from.

@@ -15,8 +15,6 @@ from plumbline_trainer.report.merges import describe_merge
 from plumbline_trainer.report.trainings import training_of
 
 TEMPLATES = Path(__file__).parent / "templates"
-ANSWERS_OPEN = 6
-"""Answers that are shown at once; the rest folds away."""
 ANSWERS_MAX = 48
 ANSWER_CHARACTERS_MAX = 4000
 

@@ -31,7 +31,6 @@ from plumbline_trainer.storage.objects import PARALLEL_OBJECTS, ObjectStore
 if TYPE_CHECKING:
     from plumbline_trainer.context import StageContext, StageOutput
 
-MANIFEST_VERSION = 1
 MISSING = "InputMissing"
 
 RelativePath = Annotated[str, AfterValidator(uris.check_relative), Field(max_length=1024)]
