@@ -28,6 +28,13 @@ def stages_with(index: int, **changes: Any) -> list[dict[str, Any]]:
     return stages
 
 
+def retyped(index: int, **type_: Any) -> list[dict[str, Any]]:
+    """The stages with one of another type."""
+    stages = [dict(stage) for stage in STAGES]
+    stages[index] = {"name": stages[index]["name"], **type_}
+    return stages
+
+
 def test_a_range_test_is_no_start_for_what_follows() -> None:
     probe = {"name": "probe", "sft": {"dataset": "tickets", "training": {"rangeTest": {}}}}
     pipeline = AlignmentPipeline.parse(pipeline_body(stages=[STAGES[0], probe, *STAGES[1:]]))
@@ -181,7 +188,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "no heads": (
         {"stages": [{"name": "reward", "rewardModel": {"dataset": "prefs", "heads": 0}}]},
-        ["spec.stages[0].rewardModel.heads: 0: input should be greater than or equal to 1"],
+        ["spec.stages[0].rewardModel.heads: 0 is too small; it must be at least 1"],
     ),
     "merge fields without a method": (
         {"stages": stages_with(3, merge={"models": [{"stage": "sft"}, {"stage": "dpo"}], "density": 0.5})},
@@ -267,7 +274,9 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
                 {"name": "late", "model": "final", "merge": {}},
             ]
         },
-        ["spec.stages[3]: the stages form a cycle: final → late → final"],
+        [
+            "spec.stages[3]: the stages form a cycle: final → late → final. Take one of these references (model, after, …) out"
+        ],
     ),
     "cycle": (
         {"stages": stages_with(0, model="dpo")},
@@ -361,7 +370,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "kto with a batch of one": (
         {"stages": [*STAGES, {"name": "thumbs", "kto": {"dataset": "prefs", "training": {"globalBatch": 1}}}]},
-        ["spec.stages[5].kto.training.globalBatch: 1: input should be greater than or equal to 2"],
+        ["spec.stages[5].kto.training.globalBatch: 1 is too small; it must be at least 2"],
     ),
     "kto with a reference that is none": (
         {"stages": [*STAGES, {"name": "thumbs", "kto": {"dataset": "prefs", "reference": "exam"}}]},
@@ -372,17 +381,17 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     **{
         f"{stage} with beta 0": (
-            {"stages": stages_with(2, dpo=None, **{stage: {"dataset": "prefs", "beta": 0}})},
-            [f"spec.stages[2].{stage}.beta: 0: input should be greater than 0"],
+            {"stages": retyped(2, **{stage: {"dataset": "prefs", "beta": 0}})},
+            [f"spec.stages[2].{stage}.beta: 0 is too small; it must be over 0"],
         )
         for stage in ("orpo", "simpo", "cpo")
     },
     "negative margin": (
-        {"stages": stages_with(2, dpo=None, simpo={"dataset": "prefs", "gamma": -1})},
-        ["spec.stages[2].simpo.gamma: -1: input should be greater than or equal to 0"],
+        {"stages": retyped(2, simpo={"dataset": "prefs", "gamma": -1})},
+        ["spec.stages[2].simpo.gamma: -1 is too small; it must be at least 0"],
     ),
     "rrhf on instruction rows": (
-        {"stages": stages_with(2, dpo=None, rrhf={"dataset": "tickets"})},
+        {"stages": retyped(2, rrhf={"dataset": "tickets"})},
         [
             'spec.stages[2].rrhf.dataset: "tickets" holds instruction rows (instruction, input, output); rrhf needs preference '
             "rows (prompt, chosen, rejected) or ranked rows (prompt, completions). Datasets that fit: prefs"
@@ -410,7 +419,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "robust with half of the labels swapped": (
         {"stages": stages_with(2, dpo={"dataset": "prefs", "loss": "robust", "labelSmoothing": 0.5})},
-        ["spec.stages[2].dpo.labelSmoothing: 0.5: input should be less than 0.5"],
+        ["spec.stages[2].dpo.labelSmoothing: 0.5 is too large; it must be below 0.5"],
     ),
     "exo without label smoothing": (
         {"stages": stages_with(2, dpo={"dataset": "prefs", "loss": "exo", "labelSmoothing": 0})},
@@ -458,7 +467,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         [
             'spec.datasets[2].columns.choosen: format preference has no field "choosen". Did you mean chosen?',
             'spec.datasets[2].columns.question: format preference has no field "question". Its fields: chosen, rejected, '
-            "prompt, weight",
+            "prompt, margin, weight",
         ],
     ),
     "a folder without its scheme": (
