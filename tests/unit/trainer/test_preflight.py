@@ -11,8 +11,10 @@ from typing import Any, ClassVar
 import pytest
 from plumbline_api.record import fingerprints
 from plumbline_api.stagerun import StageResult
+from plumbline_api.training import Lora
 from plumbline_trainer.context import StageOutput
 from plumbline_trainer.models.policy import load_policy
+from plumbline_trainer.models.quantization import layers_to_quantize, quantize
 from plumbline_trainer.planning import selections
 from plumbline_trainer.storage.manifests import commit_output
 from support import tiny
@@ -287,13 +289,18 @@ class TestFourBits:
 
     def test_the_stage_refuses_as_well(self, tmp_path: Path, model: Path) -> None:
         from plumbline_trainer.errors import InputError
-        from plumbline_trainer.models.quantization import quantize
         from support.trainer import base_model, stage_run
 
         context = stage_context(tmp_path, stage_run(tmp_path))
         policy = load_policy(context, base_model(f"file://{model}"), precision="float32", device="cpu")
         with pytest.raises(InputError, match=r"lora.quantization: nf4 needs "):
-            quantize(policy, "nf4")
+            quantize(policy, Lora(quantization="nf4"), None)
+
+    def test_what_is_trained_whole_is_held_whole(self) -> None:
+        made = tiny.make_model(tie=False)
+        lora = Lora(quantization="nf4", modules_to_save=["up_proj", "lm_head"])
+        kinds = {name.rpartition(".")[2] for name in layers_to_quantize(made, lora, None)}
+        assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"}
 
 
 def test_an_empty_split_is_named_with_the_remedy(tmp_path: Path, model: Path) -> None:

@@ -99,9 +99,10 @@ def _identity(policy: Policy, scorer: Scorer) -> str:
     """Of the weights that the reference computes with.
 
     Where modules are trained whole, they and the norms are held as float32 also while they have their first values,
-    and what comes out of a model in bfloat16 is then rounded less.
+    and what comes out of a model in bfloat16 or in four bits is then rounded less.
     """
-    whole = sorted(starts_of(scorer.model)) if scorer.precision != "float32" else []
+    rounded = scorer.precision != "float32" or policy.quantization is not None
+    whole = sorted(starts_of(scorer.model)) if rounded else []
     return "/".join([policy_identity(policy), *(["float32", *whole] if whole else [])])
 
 

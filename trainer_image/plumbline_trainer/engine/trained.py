@@ -43,8 +43,7 @@ def make_trainable(policy: Policy, lora: Lora | None, seed: int, *, freeze: Free
     """
     model: PreTrainedModel = policy.model
     if lora is not None:
-        if lora.quantization is not None:
-            quantize(policy, lora.quantization)
+        quantize(policy, lora, freeze)
         model = attach_lora(model, lora, seed, freeze)
     else:
         for parameter in model.parameters():

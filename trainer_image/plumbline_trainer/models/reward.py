@@ -153,8 +153,7 @@ def load_reward_model(
                 reason="InputMissing",
             )
         tokenizer = policy.tokenizer
-        if config.lora.quantization is not None:
-            quantize(policy, config.lora.quantization)  # It has learned to score what such weights compute.
+        quantize(policy, config.lora, config.freeze)  # It has learned to score what such weights compute.
         model = attach_lora(policy.model, config.lora, seed=0, freeze=config.freeze)
         load_adapter_state(model, load_file(str(fetched.folder / ADAPTER_WEIGHTS)))
     model.requires_grad_(False)
