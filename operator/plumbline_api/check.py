@@ -15,7 +15,7 @@ from plumbline_api.pipeline import AlignmentPipeline, Dataset, PipelineSpec, Sto
 from plumbline_api.quantities import parse_quantity
 from plumbline_api.runtime import AlignmentRuntime
 from plumbline_api.stages import BASED_METHODS, MERGE_DEFAULTS, STAGE_TYPES
-from plumbline_api.training import Training
+from plumbline_api.training import EVALUATION_FIGURES, EarlyStopping, Training
 
 Place = Literal["cluster", "local", "anywhere"]
 
@@ -186,10 +186,16 @@ def _check_evaluation_splits(spec: PipelineSpec) -> Iterator[Problem]:
         training = getattr(stage.value, "training", None)
         if not isinstance(training, Training) or training.needs_evaluation is None:
             continue
+        here = f"spec.stages[{index}].{stage.type}.training"
+        metric, known = (training.early_stopping or EarlyStopping()).metric, EVALUATION_FIGURES[stage.type]
+        if metric not in known:
+            close = difflib.get_close_matches(metric, known, n=1)
+            hint = f"Did you mean {close[0]}?" if close else f"There are: {', '.join(known)}"
+            yield Problem(f"{here}.earlyStopping.metric", f'evaluations of {stage.type} have no "{metric}". {hint}')
         position = next((i for i, d in enumerate(spec.datasets) if d.name == stage.value.dataset), None)
         if position is not None and spec.datasets[position].split.evaluation == 0:
             yield Problem(
-                f"spec.stages[{index}].{stage.type}.training.{training.needs_evaluation}",
+                f"{here}.{training.needs_evaluation}",
                 f'"{stage.value.dataset}" has no evaluation split to compare on. '
                 f"Set spec.datasets[{position}].split.evaluation (such as 0.1)",
             )

@@ -27,6 +27,8 @@ TERMINATION_LOG_ENV = "PLUMBLINE_TERMINATION_LOG"
 RESULT_FILE_NAME = "result.json"
 STAGE_RUN_MAX_BYTES = 96 * 1024
 STAGE_RESULT_MAX_BYTES = 4096
+METRICS_MAX = 20
+"""Figures of a stage that travel, the first ones; its manifest holds all."""
 
 EXIT_DONE = 0
 EXIT_BAD_INPUT = 2

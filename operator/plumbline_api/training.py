@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic.alias_generators import to_camel
@@ -219,6 +219,26 @@ class TrainingStage(Contract):
     training: Training = Training()
     """Optimisation parameters."""
 
+    least_rows: ClassVar[int] = 1
+    """Rows that a step cannot do without."""
+    drops_at_random: ClassVar[bool] = False
+    """Whether the adapter's dropout is on while the stage trains."""
+
+    @model_validator(mode="after")
+    def _adapter_is_heard(self) -> Self:
+        lora = self.lora
+        if lora is not None and lora.dropout and not self.drops_at_random:
+            raise ValueError(
+                f"lora.dropout: {lora.dropout:g}, but only pretrain and sft drop at random: what this stage compares "
+                "would differ by chance. Leave it out"
+            )
+        if lora is not None and lora.dora and self.training.l2sp is not None:
+            raise ValueError(
+                "training.l2sp holds products of two factors, and lora.dora changes weights by more than one. "
+                "Leave one of the two out"
+            )
+        return self
+
 
 class Rehearsal(Contract):
     """Rows of another dataset among those of the stage, so that what was learned from them stays."""
@@ -259,12 +279,29 @@ class LikelihoodStage(TrainingStage):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share ε of each label spread over the vocabulary. Absent: 0."""
 
+    drops_at_random: ClassVar[bool] = True
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.kl is not None and self.lora is None:
             raise ValueError(
                 "kl compares with the stage's start by switching the adapter off; set lora, or hold the weights with "
                 "ewc or training.l2sp instead"
+            )
+        if self.kl is not None and self.lora is not None and self.lora.modules_to_save:
+            raise ValueError(
+                "kl compares with the stage's start by switching the adapter off, and lora.modulesToSave are trained "
+                "beside it. Leave one of the two out, or hold the weights with ewc or training.l2sp"
+            )
+        if self.ewc is not None and self.lora is not None and self.lora.dora:
+            raise ValueError(
+                "ewc holds products of two factors, and lora.dora changes weights by more than one. "
+                "Leave one of the two out"
+            )
+        if self.ewc is not None and self.lora is not None and self.lora.quantization is not None:
+            raise ValueError(
+                "ewc takes gradients of the weights themselves, and lora.quantization leaves none. "
+                "Leave one of the two out, or hold the weights with training.l2sp"
             )
         shares = sum(item.share for item in self.rehearsal or ())
         if shares >= 1:
@@ -414,6 +451,8 @@ class KtoTraining(Training):
 class Kto(TrainingStage):
     """Kahneman-Tversky optimisation (Ethayarajh et al. 2024) on answers labelled desirable or not, or on pairs."""
 
+    least_rows: ClassVar[int] = 2
+
     training: KtoTraining = KtoTraining()
     """Optimisation parameters."""
     beta: Annotated[float, Field(gt=0, le=100)] = 0.1
@@ -451,3 +490,14 @@ DEFAULT_LEARNING_RATES: dict[str, tuple[float, float]] = {
     "rrhf": (5e-6, 1e-6),
 }
 """Peak learning rate with LoRA and without, by stage type."""
+
+_REWARDS = ("evalLoss", "evalRewardAccuracy", "evalRewardMargin")
+_PAIRS = (*_REWARDS, "evalRewardChosen", "evalRewardRejected", "evalLogpsChosen", "evalLogpsRejected", "evalSftLoss")
+EVALUATION_FIGURES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("pretrain", "sft"), ("evalLoss",)),
+    "rewardModel": (*_REWARDS, "evalRewardMean"),
+    **dict.fromkeys(("dpo", "orpo", "simpo", "cpo"), _PAIRS),
+    "kto": (*_REWARDS, "evalKl", "evalRewardDesirable", "evalRewardUndesirable"),
+    "rrhf": (*_REWARDS, "evalRankingLoss", "evalSftLoss"),
+}
+"""Figures of a stage's evaluations, by stage type; evalSftLoss only where the loss has a likelihood."""

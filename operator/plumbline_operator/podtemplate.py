@@ -101,7 +101,7 @@ def pod_spec(
 def _resources(start: StartStage, runtime: RuntimeSpec, pieces: PodClass, cpu: str) -> Manifest:
     """Memory and accelerators are asked for and limited alike; CPU is only asked for: idle cores get used.
 
-    The scratch disk's size is a ceiling that few stages come near: no more of it is asked for than keeps pods off a node
+    The scratch disk's size is a ceiling that few stages come near: no more of it is asked for than keeps pods off nodes
     whose disk is full.
     """
     memory = start.resources.memory or pieces.memory

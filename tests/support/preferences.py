@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +21,6 @@ from plumbline_trainer.engine.references import References
 from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.engine.scoring import score_rows
 from plumbline_trainer.models.adapters import adapters_disabled, attach_lora
-from support.encoded import make_response
 from support.tiny import Style, make_model
 from torch import Tensor
 
@@ -90,20 +87,6 @@ def adapted_model(style: Style) -> Any:
         if "lora_B" in name:
             parameter.data = torch.randn(parameter.shape, generator=rng) * 0.1
     return model.eval()
-
-
-def ranked_row(rng: random.Random, prompt: int, lengths: Sequence[int], *, weight: float = 1.0) -> Encoded:
-    """A row with any number of responses, the best first."""
-    return Encoded(
-        row_id=f"ranked-{rng.random()}",
-        group="g",
-        prompt=[rng.randrange(256) for _ in range(prompt)],
-        responses=[
-            replace(make_response(rng, length, "completion", first_scored=0 if prompt else 1), rank=place)
-            for place, length in enumerate(lengths)
-        ],
-        weight=weight,
-    )
 
 
 def token_log_probabilities(model: Any, row: Encoded, index: int) -> Tensor:

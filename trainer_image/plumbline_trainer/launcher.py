@@ -25,6 +25,7 @@ from plumbline_api.stagerun import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
     EXIT_TRANSIENT,
+    METRICS_MAX,
     RESULT_FILE_NAME,
     STAGE_ENV,
     TERMINATION_LOG_ENV,
@@ -149,7 +150,7 @@ def already_done(store: ObjectStore, run: StageRun) -> Verdict | None:
         reason="Completed",
         message="the output was committed before; nothing was computed",
         manifest_digest=digest,
-        metrics=dict(list(finite(manifest.metrics).items())[:20]),
+        metrics=dict(list(finite(manifest.metrics).items())[:METRICS_MAX]),
         reused=True,
     )
     return Verdict(result, EXIT_DONE)

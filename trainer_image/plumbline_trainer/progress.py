@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from plumbline_api.stagerun import (
+    METRICS_MAX,
     PROGRESS_CA_ENV,
     PROGRESS_FILE_ENV,
     PROGRESS_TOKEN_ENV,
@@ -34,7 +35,6 @@ POST_EVERY_SECONDS = 5.0
 FILE_EVERY_SECONDS = 0.5
 UPLOAD_EVERY_SECONDS = 30.0
 METRICS_FILE = "metrics.jsonl"
-METRICS_SHOWN = 20
 RATE_WINDOW = 50
 """Steps over which the rate is taken, so that a slow first step does not haunt the estimate."""
 
@@ -96,7 +96,7 @@ class ProgressReporter:
             self._latest = {**{k: v for k, v in self._latest.items() if k not in kept}, **kept}
             if not self._times or self._times[-1][1] != step:
                 self._times.append((now, step))
-            shown = list(self._latest.items())[-METRICS_SHOWN:]
+            shown = list(self._latest.items())[-METRICS_MAX:]
             self._status = TrainerStatus(
                 progress_percentage=None if steps <= 0 else max(0, min(100, int(100 * step / steps))),
                 estimated_remaining_seconds=self._remaining(step, steps),

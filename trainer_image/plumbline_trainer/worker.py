@@ -20,6 +20,7 @@ from plumbline_api.stagerun import (
     EXIT_DONE,
     EXIT_STOPPED,
     EXIT_TRANSIENT,
+    METRICS_MAX,
     STAGE_ENV,
     StageResult,
     StageRun,
@@ -34,7 +35,6 @@ from plumbline_trainer.storage.checkpoints import wait_for_uploads
 from plumbline_trainer.storage.manifests import commit_output, finite
 from plumbline_trainer.storage.objects import open_store
 
-METRICS_SHOWN = 20
 STAGES: dict[str, str] = {
     "preflight": "plumbline_trainer.stages.preflight",
     "collect": "plumbline_trainer.stages.collect",
@@ -139,7 +139,7 @@ def finish(context: StageContext, output: StageOutput | None) -> StageResult:
         reason="Completed",
         message=output.message,
         manifest_digest=digest,
-        metrics=dict(list(metrics.items())[:METRICS_SHOWN]),
+        metrics=dict(list(metrics.items())[:METRICS_MAX]),
         tokens=output.tokens,
         first_step=output.first_step,
         last_step=output.last_step,

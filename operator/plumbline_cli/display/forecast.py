@@ -47,11 +47,17 @@ def describe(stage: StageForecast) -> str:
         parts.append(f"LoRA rank {parameters['lora']['rank']}")
     training = parameters.get("training")
     if isinstance(training, dict):
-        parts.append(f"learning rate {training['learningRate']:g}")
-        if "maxSteps" in training:
-            parts.append(f"at most {training['maxSteps']} steps")
-        parts.append(f"{training['epochs']:g} epoch" + ("" if training["epochs"] == 1 else "s"))
+        if (sweep := training.get("rangeTest")) is not None:
+            parts.append(f"learning rates from {sweep['from']:g} to {sweep['to']:g}, no policy")
+        else:
+            parts.append(f"learning rate {training['learningRate']:g}")
+            if "maxSteps" in training:
+                parts.append(f"at most {training['maxSteps']} steps")
+            parts.append(f"{training['epochs']:g} epoch" + ("" if training["epochs"] == 1 else "s"))
         parts.append(f"batch {training['globalBatch']}")
+    if "method" in parameters:
+        names = [model.get("stage", "spec.model") for model in parameters["models"]]
+        parts.append(f"{parameters['method']} of {', '.join(names)}")
     if "suites" in parameters:
         parts.append(", ".join(next(iter(suite)) for suite in parameters["suites"]))
     return ", ".join([*parts, *needs(stage.estimate)])

@@ -141,7 +141,9 @@ def _line(
 def _figures(type_: str, metrics: Mapping[str, str], *, running: bool) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     # A line of a running stage has a bar as well: what moves most is enough.
-    wanted = ["loss", *SPEED] if running and "loss" in metrics else KEY_FIGURES.get(type_, ())
+    wanted = (
+        ["loss", *SPEED] if running and "loss" in metrics else ("suggestedLearningRate", *KEY_FIGURES.get(type_, ()))
+    )
     for name in wanted:
         if name in metrics and len(found) < FIGURES_SHOWN:
             shown = _number(metrics[name])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from plumbline_api.evaluation import Gate
+from plumbline_api.stagerun import METRICS_MAX
 from plumbline_api.status import Metric
 
 
@@ -27,7 +28,7 @@ def gate_problem(gates: Sequence[Gate], metrics: Mapping[str, float]) -> str | N
 
 def written(metrics: Mapping[str, float]) -> list[Metric]:
     """Metrics as status holds them: decimal numbers that read back to the same value."""
-    return [Metric(name=name[:128], value=repr(float(value))) for name, value in list(metrics.items())[:20]]
+    return [Metric(name=name[:128], value=repr(float(value))) for name, value in list(metrics.items())[:METRICS_MAX]]
 
 
 def read(metrics: Sequence[Metric]) -> dict[str, float]:

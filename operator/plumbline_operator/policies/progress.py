@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
+from plumbline_api.stagerun import METRICS_MAX
 from plumbline_api.status import Metric, PipelineStatus, StageStatus, Usage
 
 from plumbline_operator.policies.clock import format_time, parse_time
@@ -15,7 +16,7 @@ def with_progress(entry: StageStatus, view: ProgressView | None, now: datetime) 
     """A running stage with its latest report. A report that says nothing new changes nothing."""
     if view is None or entry.phase != "Running" or view.job != entry.job:
         return entry
-    metrics = [Metric(name=name[:128], value=value[:64]) for name, value in view.metrics[:20]] or entry.metrics
+    metrics = [Metric(name=name[:128], value=value[:64]) for name, value in view.metrics[:METRICS_MAX]] or entry.metrics
     before = entry.progress
     same = (
         before is not None

@@ -1,17 +1,22 @@
 import io
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from plumbline_api.pipeline import AlignmentPipeline
+from plumbline_api.record import StageRecord
 from plumbline_api.stagerun import TrainerStatus
+from plumbline_api.stages import Resources
 from plumbline_api.status import PipelineStatus
 from plumbline_cli.display.ending import print_figures
 from plumbline_cli.display.figures import figure_notes, figures_table
+from plumbline_cli.display.forecast import describe
 from plumbline_cli.display.live import LiveTable, PlainLines
 from plumbline_cli.display.overview import print_overview
 from plumbline_cli.display.stages import stage_lines
 from plumbline_cli.display.table import StageTable
 from plumbline_cli.display.words import ASCII, UNICODE, clock, duration, number, plural, symbols
+from plumbline_cli.local.forecast import StageForecast
 from plumbline_cli.local.runner import RunView
 from plumbline_cli.output import out
 from plumbline_operator.snapshot import PlannedEvent
@@ -193,3 +198,32 @@ def test_words():
     assert (plural(1, "stage"), plural(1200, "stage")) == ("1 stage", "1,200 stages")
     latin = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
     assert symbols(latin) is ASCII
+
+
+def recorded(name: str, type_: str, parameters: dict[str, Any]) -> StageRecord:
+    return StageRecord(
+        name=name,
+        type=type_,
+        numerics_version=1,
+        runtime_class="cpu",
+        parameters=parameters,
+        inputs=[],
+        depends_on=[],
+        resources=Resources(),
+    )
+
+
+def test_a_range_test_is_shown_as_one():
+    entry = {"name": "probe", "type": "sft", "phase": "Succeeded"}
+    entry["metrics"] = [{"name": "steps", "value": "60"}, {"name": "suggestedLearningRate", "value": "0.0021"}]
+    [line] = stage_lines(None, PipelineStatus.model_validate({"stages": [entry]}), NOW)[1:]
+    assert line.figures_text == "suggested learning rate 0.0021"
+    training = {"learningRate": 2e-4, "epochs": 1, "globalBatch": 16, "rangeTest": {"from": 1e-6, "to": 0.1}}
+    record = recorded("probe", "sft", {"training": training})
+    assert describe(StageForecast(record, False, None)) == "sft, learning rates from 1e-06 to 0.1, no policy, batch 16"
+
+
+def test_a_forecast_names_what_is_merged():
+    parameters = {"method": "ties", "models": [{"stage": "kind"}, {"weight": 2}]}
+    record = recorded("blend", "merge", parameters)
+    assert describe(StageForecast(record, False, None)) == "merge, ties of kind, spec.model"

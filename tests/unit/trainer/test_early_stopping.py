@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from plumbline_api.training import EarlyStopping, Training
+from plumbline_api.check import check
+from plumbline_api.pipeline import AlignmentPipeline
+from plumbline_api.stagerun import METRICS_MAX
+from plumbline_api.training import EVALUATION_FIGURES, EarlyStopping, Training
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.selection import Selection
 from plumbline_trainer.engine.state import TrainingState
@@ -18,6 +21,7 @@ from plumbline_trainer.stages import sft
 from plumbline_trainer.storage.checkpoints import wait_for_uploads
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from support.pipelines import pipeline_body
 from support.ranks import run_ranks
 from support.trainer import manifest_of, output_folder, run_in_process, stage_context
 from support.training_data import training_run
@@ -207,3 +211,52 @@ def test_two_ranks_select_the_same(tmp_path: Path) -> None:
     assert one["selectedStep"] == two["selectedStep"]
     assert one["evalLoss"] == pytest.approx(two["evalLoss"], rel=1e-4)
     assert all(torch.allclose(tensor, others[name], atol=1e-3) for name, tensor in weights.items())
+
+
+def test_what_gates_may_ask_for_travels_with_everything_turned_on(tmp_path: Path) -> None:
+    """20 figures fit into status; those that only tell how the stage went stand behind."""
+    training = {"globalBatch": 4, "maxSteps": 2, "evaluateEverySteps": 1, "l2sp": 0.1, "earlyStopping": {}}
+    ewc, rehearsal = {"dataset": "old", "rows": 2}, [{"dataset": "old", "share": 0.2}]
+    everything: dict[str, tuple[dict[str, Any], set[str]]] = {
+        "sft": (
+            {"kl": {}, "ewc": ewc, "rehearsal": rehearsal},
+            {"evalLoss", "kl", "ewc", "l2sp", "lostPart", "steps", "plainPath"},
+        ),
+        "dpo": ({"sftWeight": 0.5}, {"evalRewardAccuracy", "rewardMargin", "lostPart", "steps", "plainPath"}),
+        "rewardModel": ({"heads": 2, "centring": 0.01}, {"accuracy.lower", "disagreement", "evalLoss", "l2sp"}),
+    }
+    for type_, (stage, wanted) in everything.items():
+        others = {"ewc.dataset": "promptCompletion", "rehearsal.0.dataset": "text"} if type_ == "sft" else {}
+        run = training_run(
+            tmp_path / type_, type_, lora={"rank": 4}, evaluation=0.3, stage=stage, others=others, **training
+        )
+        result, code = run_in_process(tmp_path / type_, run)
+        assert code == 0, result.message
+        assert len(result.metrics) == METRICS_MAX or type_ == "sft"
+        assert wanted | {"selectedStep", "stoppedEarly", "droppedRows", "truncatedRows"} <= result.metrics.keys(), type_
+
+
+@pytest.mark.parametrize(
+    ("type_", "stage"),
+    [("sft", {}), ("rewardModel", {}), ("dpo", {"sftWeight": 1}), ("orpo", {}), ("kto", {}), ("rrhf", {})],
+)
+def test_the_checker_knows_the_figures_of_every_evaluation(tmp_path: Path, type_: str, stage: dict[str, Any]) -> None:
+    stopping = {"metric": "evalNothing", "mode": "min"}
+    run = training_run(
+        tmp_path, type_, lora={"rank": 2}, stage=stage, evaluation=0.3, earlyStopping=stopping, evaluateEverySteps=1
+    )
+    result, code = run_in_process(tmp_path, run)
+    assert code == 2
+    assert set(result.message.partition("give: ")[2].split(", ")) == set(EVALUATION_FIGURES[type_])
+
+
+def test_a_figure_that_a_stage_does_not_have_is_refused_by_the_checker() -> None:
+    training = {"earlyStopping": {"metric": "evalRewardAcuracy", "mode": "max"}, "evaluateEverySteps": 5}
+    datasets = [{"name": "prefs", "source": "s3://b/p.jsonl", "split": {"evaluation": 0.1}}]
+    for kind, hint in (("dpo", "Did you mean evalRewardAccuracy?"), ("sft", "There are: evalLoss")):
+        body = pipeline_body(
+            datasets=datasets, stages=[{"name": "a", kind: {"dataset": "prefs", "training": training}}]
+        )
+        [problem] = check(AlignmentPipeline.parse(body))
+        assert problem.path == f"spec.stages[0].{kind}.training.earlyStopping.metric"
+        assert problem.message == f'evaluations of {kind} have no "evalRewardAcuracy". {hint}'

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from plumbline_api.training import Lora, Sft
+from plumbline_api.training import Dpo, Lora, RewardModel, Sft, TrainingStage
 from plumbline_trainer.engine.optimizer import named_trainables as trainables
 from plumbline_trainer.engine.packing import pack
 from plumbline_trainer.engine.scorer import Scorer
@@ -98,6 +98,23 @@ def test_smoothed_labels_train_but_do_not_evaluate(tmp_path: Path) -> None:
 def test_kl_needs_an_adapter_to_switch_off() -> None:
     with pytest.raises(ValidationError, match=r"set lora, or hold the weights with ewc or training\.l2sp"):
         Sft.model_validate({"dataset": "a", "kl": {}})
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "said"),
+    [
+        (Sft, {"kl": {}, "lora": {"modulesToSave": ["norm"]}}, r"kl .* lora\.modulesToSave are trained beside it"),
+        (Sft, {"ewc": {"dataset": "b"}, "lora": {"dora": True}}, r"ewc .* lora\.dora .* Leave one of the two out"),
+        (Sft, {"ewc": {"dataset": "b"}, "lora": {"quantization": "nf4"}}, r"ewc .* lora\.quantization leaves none"),
+        (Sft, {"training": {"l2sp": 0.1}, "lora": {"dora": True}}, r"training\.l2sp .* lora\.dora"),
+        (RewardModel, {"training": {"l2sp": 0.1}, "lora": {"dora": True}}, r"training\.l2sp .* lora\.dora"),
+        (Dpo, {"lora": {"dropout": 0.1}}, r"lora\.dropout: 0\.1, but only pretrain and sft drop at random"),
+        (RewardModel, {"lora": {"dropout": 0.1}}, r"lora\.dropout: 0\.1, but only pretrain and sft drop at random"),
+    ],
+)
+def test_what_would_not_be_heard_is_refused(kind: type[TrainingStage], fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        kind.model_validate({"dataset": "a", **fields})
 
 
 @pytest.mark.parametrize("type_", ["sft", "dpo"])

@@ -20,14 +20,13 @@ from plumbline_trainer.engine.scorer import Path, Scorer
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.models.tokenizer import make_tokenizer
 from support import tiny
-from support.encoded import make_pair
+from support.encoded import make_pair, make_ranked
 from support.preferences import (
     PARAMETERS,
     adapted_model,
     dpo,
     loss_by_formula,
     objective_of,
-    ranked_row,
     references_of,
     scores_context,
     token_log_probabilities,
@@ -47,7 +46,7 @@ def rows_for(name: str) -> list[Encoded]:
     rng = random.Random(7)
     if name == "rrhf":
         rows = [
-            ranked_row(rng, prompt, lengths) for prompt, lengths in [(20, (9, 5)), (3, (4, 12, 1)), (0, (6, 9, 4, 7))]
+            make_ranked(rng, prompt, lengths) for prompt, lengths in [(20, (9, 5)), (3, (4, 12, 1)), (0, (6, 9, 4, 7))]
         ]
     else:
         rows = [make_pair(rng, prompt, c, r) for prompt, c, r in [(20, 9, 5), (3, 1, 14), (31, 12, 12), (0, 8, 6)]]

@@ -8,9 +8,12 @@ from typing import Any, ClassVar
 import pytest
 from plumbline_api.record import fingerprints
 from plumbline_api.stagerun import StageResult
+from plumbline_api.training import Lora
 from plumbline_trainer.context import StageOutput
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.models.policy import load_policy
+from plumbline_trainer.models.quantization import layers_to_quantize, quantize
+from plumbline_trainer.planning import selections
 from plumbline_trainer.planning.problems import Problems
 from plumbline_trainer.storage.manifests import commit_output
 from support import tiny
@@ -164,6 +167,18 @@ def test_parts_that_the_model_does_not_have_are_refused(
     assert (code, result.reason, result.message) == (2, "BadInput", f"spec.stages[0].sft.{said}")
 
 
+def test_a_head_that_no_reward_model_reads_is_not_trained(tmp_path: Path) -> None:
+    untied = tmp_path / "untied"
+    tiny.save_model(untied, tie=False)
+    stage = {"name": "reward", "rewardModel": {"dataset": "p", "lora": {"modulesToSave": ["lm_head"]}}}
+    result, code = preflight(pipeline(tmp_path, untied, [stage]))
+    assert (code, result.reason) == (2, "BadInput")
+    assert result.message == (
+        'spec.stages[0].rewardModel.lora.modulesToSave: "lm_head" is the head over the vocabulary, which a reward model '
+        "does not read. Leave it out"
+    )
+
+
 class TestFourBits:
     """QLoRA is refused where it cannot be: never another precision instead."""
 
@@ -186,14 +201,36 @@ class TestFourBits:
         assert "needs the Python package" in result.message
         assert "The platform team adds it to the image" in result.message
 
+    def test_a_judge_that_was_trained_on_them(
+        self, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        suite = {"winRate": {"dataset": "p", "judge": {"stage": "reward"}}}
+        stages = [
+            {"name": "reward", "rewardModel": {"dataset": "p", "lora": {"quantization": "nf4"}}},
+            {"name": "exam", "evaluate": {"suites": [suite]}},
+        ]
+        monkeypatch.setattr(selections, "_has_cuda", lambda _, stage: stage.type != "evaluate")
+        monkeypatch.setattr(selections, "refuse_without_package", lambda _: None)
+        result, code = preflight(pipeline(tmp_path, model, stages))
+        assert (code, result.reason) == (2, "BadInput")
+        assert result.message.startswith(
+            "spec.stages[1].evaluate.suites[0].winRate.judge.stage: the lora.quantization of reward: nf4 needs a CUDA "
+            "device, and this stage has none. Set resources.gpusPerNode to 1 or more"
+        )
+
     def test_the_stage_refuses_as_well(self, tmp_path: Path, model: Path) -> None:
-        from plumbline_trainer.models.quantization import quantize
         from support.trainer import base_model, stage_run
 
         context = stage_context(tmp_path, stage_run(tmp_path))
         policy = load_policy(context, base_model(f"file://{model}"), precision="float32", device="cpu")
         with pytest.raises(InputError, match=r"lora.quantization: nf4 needs "):
-            quantize(policy, "nf4")
+            quantize(policy, Lora(quantization="nf4"), None)
+
+    def test_what_is_trained_whole_is_held_whole(self) -> None:
+        made = tiny.make_model(tie=False)
+        lora = Lora(quantization="nf4", modules_to_save=["up_proj", "lm_head"])
+        kinds = {name.rpartition(".")[2] for name in layers_to_quantize(made, lora, None)}
+        assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"}
 
 
 def test_an_empty_split_is_named_with_the_remedy(tmp_path: Path, model: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from support import tiny
-from support.preflighting import pairs, pipeline, preflight
+from support.preflighting import pairs, pipeline, plan_of, preflight
 from support.trainer import LocalPipeline, write_jsonl
 
 
@@ -71,3 +71,14 @@ def test_pairs_are_balanced_answers(tmp_path: Path, model: Path) -> None:
     assert code == 0, result.message
     assert result.preflight is not None
     assert not [note for note in result.preflight.notes if note.startswith("thumbs: ")]
+
+
+def test_answers_of_other_rows_are_counted(tmp_path: Path, model: Path) -> None:
+    """Of the same pairs kto takes twice the tokens of dpo: every answer is compared with one of another row."""
+    training = {"maxLength": 64, "globalBatch": 8}
+    stages = [{"name": name, name: {"dataset": "p", "training": training}} for name in ("dpo", "kto")]
+    made = pipeline(tmp_path, model, stages)
+    result, code = preflight(made)
+    assert code == 0, result.message
+    pairs_alone, compared = (item["estimate"]["tokens"] for item in plan_of(made)["stages"])
+    assert compared == pytest.approx(2 * pairs_alone, abs=2)

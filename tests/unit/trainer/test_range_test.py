@@ -70,7 +70,17 @@ def test_what_does_not_go_together_is_refused() -> None:
 SETTINGS: dict[str, Any] = {"globalBatch": 4, "checkpointEverySteps": 4, "tokensPerBatch": 256, "evaluation": 0.2}
 
 
-@pytest.mark.parametrize(("type_", "lora"), [("sft", {"rank": 4}), ("pretrain", None), ("dpo", {"rank": 4})])
+@pytest.mark.parametrize(
+    ("type_", "lora"),
+    [
+        ("sft", {"rank": 4}),
+        ("pretrain", None),
+        ("dpo", {"rank": 4}),
+        ("kto", {"rank": 4}),
+        ("rewardModel", {"rank": 4}),
+        ("rrhf", {"rank": 4}),
+    ],
+)
 def test_a_stage_sweeps_and_leaves_a_report(tmp_path: Path, type_: str, lora: Any) -> None:
     test = {"from": 1e-5, "to": 3.0, "steps": 60}
     run = training_run(tmp_path, type_, lora=lora, **SETTINGS, maxSteps=2, rangeTest=test)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import dataclasses
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plumbline_api.stagerun import StageRun
+from plumbline_api.training import Lora
 from plumbline_trainer.data.encode import Encoded, EncodedResponse
 from plumbline_trainer.engine import reference_pass
 from plumbline_trainer.engine.packing import pack, packed_length
 from plumbline_trainer.engine.reference_cache import ReferenceKey
 from plumbline_trainer.engine.references import References, by_prompt, response_key, row_keys
+from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.engine.scoring import score_rows
+from plumbline_trainer.models.adapters import attach_lora
+from plumbline_trainer.models.policy import Policy, PolicyLineage
 from plumbline_trainer.stages import dpo, kto
 from support.encoded import make_completion, make_pair
 from support.tiny import make_model
@@ -160,6 +164,19 @@ def test_key_names_everything_that_values_depend_on() -> None:
     ]
     digests = {dataclasses.replace(key, **change).digest() for change in [{}, *changes]}
     assert len(digests) == 7
+
+
+def test_modules_that_are_trained_whole_are_other_weights_in_bfloat16() -> None:
+    """They and the norms are float32 then, so that the same start rounds otherwise; in float32 nothing differs."""
+
+    def identity(lora: Lora, precision: str) -> str:
+        lineage = PolicyLineage({"name": "base", "digest": "d"})
+        policy = Policy(make_model("llama"), cast(Any, None), "float32", lineage, precision)
+        return reference_pass._identity(policy, Scorer(attach_lora(policy.model, lora, 1), precision=precision))
+
+    plain, whole = Lora(rank=2), Lora(rank=2, modules_to_save=["norm"])
+    assert identity(plain, "float32") == identity(whole, "float32")
+    assert identity(plain, "bfloat16") != identity(whole, "bfloat16")
 
 
 @settings(max_examples=200, deadline=None)

@@ -15,13 +15,14 @@ from plumbline_trainer.data.encode import encode_rows
 from plumbline_trainer.data.loading import load_rows
 from plumbline_trainer.data.rows import Message
 from plumbline_trainer.engine import reward_pass
-from plumbline_trainer.engine.values import score_values
+from plumbline_trainer.engine.values import fresh_heads, score_values
 from plumbline_trainer.errors import InputError, Interrupted
 from plumbline_trainer.models.policy import load_policy
 from plumbline_trainer.models.reward import RewardModel, load_reward_model
 from plumbline_trainer.stages import reward_model
 from safetensors.torch import load_file
 from support.ranks import run_ranks
+from support.tiny import make_model
 from support.trainer import manifest_of, output_folder, output_of, run_in_process, stage_context, stage_run, write_jsonl
 from support.training_data import phrase, training_run
 
@@ -259,14 +260,74 @@ def test_centring_keeps_rewards_around_zero(tmp_path: Path) -> None:
     assert spans[1] < 0.5 * spans[0]
 
 
-def test_nothing_is_dropped_at_random(tmp_path: Path) -> None:
-    results = []
-    for dropout in (0.0, 0.5):
-        folder = tmp_path / str(dropout)
-        run = reward_run(folder, lora={"rank": 4, "dropout": dropout}, maxSteps=2)
-        succeed(folder, run)
-        results.append(weights_of(run))
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        {"lora": {"rank": 4, "rsLora": True}, "freeze": {"layers": 1, "modules": ["mlp"]}},
+        {"lora": {"rank": 4, "dora": True, "targets": ["q_proj", "down_proj"]}},
+        {
+            "lora": {"rank": 4, "modulesToSave": ["embed_tokens", "lm_head", "norm"]},
+            "freeze": {"modules": ["layers.0"]},
+        },
+    ],
+    ids=["rsLora and freeze", "dora", "saved modules"],
+)
+def test_every_kind_of_adapter_scores_the_same_bits_when_read_back(
+    tmp_path: Path, stage: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Any] = []
+    real = reward_pass._values
+
+    def kept(run: Any, scorer: Any, rows: Any, what: str) -> Any:
+        measured.append((rows, real(run, scorer, rows, what)))
+        return measured[-1][1]
+
+    monkeypatch.setattr(reward_pass, "_values", kept)
+    run = reward_run(tmp_path, test=0.3, stage=stage, style="qwen", maxSteps=4, learningRate=1e-2)
+    succeed(tmp_path, run)
+    model = loaded(tmp_path, run, tokens_per_batch=512)
+    for rows, values in measured:
+        again = score_values(model.scorer, rows, tokens_per_batch=512)
+        assert all(torch.equal(one, other) for one, other in zip(again, values, strict=True))
+
+
+def test_all_ranks_measure_the_selected_weights(tmp_path: Path) -> None:
+    """Training goes astray after its best evaluation: what is measured is what is yielded, on every rank."""
+    run = reward_run(
+        tmp_path, lora=LORA, evaluation=0.3, maxSteps=6, learningRate=0.3, selectBest=True, evaluateEverySteps=1,
+        processes=2,
+    )  # fmt: skip
+    run_ranks(tmp_path, run)
+    metrics = manifest_of(run).metrics
+    assert metrics["selectedStep"] < 6
+    assert metrics["accuracy"] == pytest.approx(metrics["evalRewardAccuracy"])
+    model = loaded(tmp_path, run)
+    context = stage_context(tmp_path / "again", run)
+    rows = load_rows(context, context.input("dataset"), "train")
+    scores = model.score([(*row.prompt, answer.messages[0]) for row in rows for answer in row.responses])
+    assert metrics["rewardMean"] == pytest.approx(float(scores.mean()), rel=1e-3, abs=1e-3)
+    assert metrics["rewardStd"] == pytest.approx(float(scores.std(correction=0)), rel=1e-3)
+
+
+def test_l2sp_holds_the_model_and_not_new_heads(tmp_path: Path) -> None:
+    """Heads begin at random: there is nothing in them to hold."""
+    moved = []
+    for strength in (None, 1e4):
+        folder = tmp_path / str(strength)
+        run = reward_run(folder, lora=LORA, maxSteps=4, learningRate=1e-2, **({"l2sp": strength} if strength else {}))
+        metrics = succeed(folder, run)
+        assert ("l2sp" in metrics) == bool(strength)
+        weights = weights_of(run)
+        change = sum(
+            float((weights[name.replace("lora_A", "lora_B")] @ weights[name]).square().sum())
+            for name in weights
+            if "lora_A" in name
+        )
+        moved.append((change, weights["heads.safetensors/weight"]))
+    (free, heads), (held, other) = moved
+    assert held < 0.1 * free
+    start = fresh_heads(make_model("llama"), 1, 3).weight.detach()
+    assert (other - start).norm() > 0.5 * (heads - start).norm()
 
 
 def test_stopped_while_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

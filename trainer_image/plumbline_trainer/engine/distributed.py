@@ -41,6 +41,12 @@ class Ranks:
             for tensor, part in zip(group, torch.split(flat, [tensor.numel() for tensor in group]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by that of rank 0."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
     def sum_floats(self, values: dict[str, float]) -> dict[str, float]:
         """Sums over ranks of figures that every rank has under the same names, in float64."""
         if self.size == 1:

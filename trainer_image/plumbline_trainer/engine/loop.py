@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from plumbline_api.training import Training
@@ -68,7 +68,9 @@ class TrainingRun:
         self.penalties: list[Penalty] = []
         """What is added to the loss of the rows; a stage may add its own before it trains."""
         if training.l2sp is not None:
-            self.penalties.append(L2Sp(training.l2sp, displacements(scorer.model, self.trainables).values()))
+            # New heads have no start that could be forgotten: only what the model brought along is held.
+            old = scorer.model_trainables()
+            self.penalties.append(L2Sp(training.l2sp, displacements(scorer.model, old).values()))
         self._checkpoint: Checkpoint | None = load_latest_checkpoint(context)
         found = self._checkpoint
         if not ranks.same(found.step if found is not None else -1):
@@ -150,9 +152,12 @@ class TrainingRun:
                 self._save()
         if self.state.ended:
             self._announce(f"stopped after step {self.state.step} of {self.plan.steps}: {self.state.ended}")
-        if self.state.selected and self.ranks.is_main:
+        if self.state.selected:
             self._announce(f"the output is the weights after step {self.state.selected['step']:.0f}")
-            self.selection.put_back(self.trainables)
+            if self.ranks.is_main:
+                self.selection.put_back(self.trainables)
+            # A stage may measure what it yields with all ranks.
+            self.ranks.share([parameter.data for parameter in self.trainables.values()])
         wait_for_uploads(self.context)
         self.ranks.wait()
 
@@ -177,8 +182,13 @@ class TrainingRun:
         self.ranks.wait()
         raise Interrupted(self.state.step)
 
-    def figures(self) -> dict[str, float]:
-        """Figures at the end, at most 17: means over the last steps, evaluations, totals."""
+    def figures(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """Figures at the end, the deciding ones first, because not all of them travel (`METRICS_MAX`): evaluations,
+        means over the last steps, totals.
+
+        Args:
+            counts: What became of rows and weights; they stand before what only tells how the stage went.
+        """
         recent = self.state.recent
         # Not every step has every figure: a batch may hold answers of one kind only.
         found = {name: [item[name] for item in recent if name in item] for item in recent for name in item}
@@ -189,22 +199,23 @@ class TrainingRun:
             "loss": means.get("loss"),
             "evalLoss": latest.get("evalLoss"),
             "evalLossStart": start.get("evalLoss"),
-            "evalLossBest": best.get("evalLoss"),
-            "evalLossBestStep": best.get("step"),
-            "selectedStep": self.state.selected.get("step"),
-            "stoppedEarly": float(bool(self.state.ended)) if self.training.early_stopping is not None else None,
-            "rewardAccuracy": means.get("rewardAccuracy"),
-            "rewardMargin": means.get("rewardMargin"),
             "evalRewardAccuracy": latest.get("evalRewardAccuracy"),
             "evalRewardMargin": latest.get("evalRewardMargin"),
-            "steps": float(self.state.step),
-            "epochs": round(self.plan.epoch(self.state.step), 4),
-            "tokens": float(self.state.tokens),
-            "tokensPerSecond": means.get("tokensPerSecond"),
-            "gradientNorm": means.get("gradientNorm"),
+            "selectedStep": self.state.selected.get("step"),
+            "stoppedEarly": float(bool(self.state.ended)) if self.training.early_stopping is not None else None,
             "kl": means.get("kl"),
             **{penalty.name: means.get(penalty.name) for penalty in self.penalties},
+            **counts,
+            "rewardAccuracy": means.get("rewardAccuracy"),
+            "rewardMargin": means.get("rewardMargin"),
+            "steps": float(self.state.step),
             "plainPath": float(self.state.path == "plain"),
+            "tokensPerSecond": means.get("tokensPerSecond"),
+            "gradientNorm": means.get("gradientNorm"),
+            "epochs": round(self.plan.epoch(self.state.step), 4),
+            "tokens": float(self.state.tokens),
+            "evalLossBest": best.get("evalLoss"),
+            "evalLossBestStep": best.get("step"),
         }
         return {name: value for name, value in known.items() if value is not None}
 

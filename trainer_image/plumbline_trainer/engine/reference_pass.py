@@ -19,6 +19,7 @@ from plumbline_trainer.engine.scoring import score_rows
 from plumbline_trainer.engine.trained import policy_identity
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.models.adapters import adapters_disabled
+from plumbline_trainer.models.merging import starts_of
 from plumbline_trainer.models.policy import Policy, load_policy
 
 START_TOLERANCES = {"float32": 1e-3, "bfloat16": 0.5}
@@ -76,7 +77,7 @@ def _named_references(run: TrainingRun, policy: Policy, rows: Sequence[Encoded])
 def _references(run: TrainingRun, policy: Policy, scorer: Scorer, rows: Sequence[Encoded]) -> References:
     """Totals from storage, and a pass over what is not there."""
     key = ReferenceKey(
-        weights=policy_identity(policy),
+        weights=_identity(policy, scorer),
         path=scorer.path,
         precision=scorer.precision,
         device=run.ranks.device.type,
@@ -92,6 +93,17 @@ def _references(run: TrainingRun, policy: Policy, scorer: Scorer, rows: Sequence
         run.context.log.info("%s", said)
         cache.keep(computed, found | computed)
     return References.known(found | computed)
+
+
+def _identity(policy: Policy, scorer: Scorer) -> str:
+    """Of the weights that the reference computes with.
+
+    Where modules are trained whole, they and the norms are held as float32 also while they have their first values,
+    and what comes out of a model in bfloat16 or in four bits is then rounded less.
+    """
+    rounded = scorer.precision != "float32" or policy.quantization is not None
+    whole = sorted(starts_of(scorer.model)) if rounded else []
+    return "/".join([policy_identity(policy), *(["float32", *whole] if whole else [])])
 
 
 def _agreed(run: TrainingRun, found: dict[bytes, Tensor], wanted: Sequence[bytes]) -> dict[bytes, Tensor]:

@@ -15,6 +15,7 @@ from plumbline_trainer.data.encode import Encoded, EncodedRows, encode_rows
 from plumbline_trainer.data.loading import load_rows
 from plumbline_trainer.data.splits import Split
 from plumbline_trainer.engine.loop import TrainingRun
+from plumbline_trainer.engine.trained import row_counts
 from plumbline_trainer.engine.values import Values, ValueScorer, score_values
 from plumbline_trainer.evaluation.rewards import HeldOutFigures, RewardedRow, measure_rewards
 from plumbline_trainer.models.loading import torch_dtype
@@ -66,6 +67,7 @@ def reward_config(run: TrainingRun, scorer: ValueScorer, parameters: RewardModel
         mean=rewards.mean(dim=0).tolist(),
         std=rewards.std(dim=0, correction=0).tolist(),
         lora=parameters.lora,
+        freeze=parameters.freeze,
     )
 
 
@@ -108,11 +110,7 @@ def save_reward(
     metrics |= {
         "rewardMean": sum(config.mean) / config.heads,
         "rewardStd": sum(config.std) / config.heads,
-        **run.figures(),
-        "rows": float(len(encoded.rows)),
-        "droppedRows": float(encoded.dropped),
-        "truncatedRows": float(encoded.truncated),
-        "unsharedRows": float(encoded.unshared),
+        **run.figures(row_counts(encoded)),
     }
     if measured is not None:
         _write(folder / EVALUATION, {"version": 1, "split": measured[0], **measured[1].document()})

@@ -57,6 +57,10 @@ class Scorer(nn.Module):
         Raises:
             InputError: if nothing is trained.
         """
+        return self.model_trainables()
+
+    def model_trainables(self) -> dict[str, nn.Parameter]:
+        """Those of them that the model brought along or that an adapter adds to it."""
         return named_trainables(self.model)
 
     def forward(self, batch: PackedBatch, smoothing: float = 0.0) -> Tensor:

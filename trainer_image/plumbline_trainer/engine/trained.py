@@ -43,8 +43,7 @@ def make_trainable(policy: Policy, lora: Lora | None, seed: int, *, freeze: Free
     """
     model: PreTrainedModel = policy.model
     if lora is not None:
-        if lora.quantization is not None:
-            quantize(policy, lora.quantization)
+        quantize(policy, lora, freeze)
         model = attach_lora(model, lora, seed, freeze)
     else:
         for parameter in model.parameters():
@@ -77,13 +76,7 @@ def save_policy(
     if run.training.range_test is not None:
         return save_range_test(context, run)
     folder = context.scratch / "output"
-    figures = run.figures()
-    figures.update(
-        rows=float(len(encoded.rows)),
-        droppedRows=float(encoded.dropped),
-        truncatedRows=float(encoded.truncated),
-        unsharedRows=float(encoded.unshared),
-    )
+    counts = row_counts(encoded)
     if lora is None:
         save_full(policy.model, policy.tokenizer, folder, policy.storage_dtype)
         meta = policy_meta(policy, form="full")
@@ -92,14 +85,14 @@ def save_policy(
         merged = digest_with(policy, adapter_of(policy.model, lora))
         meta = policy_meta(policy, form="adapter", merged=None if merged is None else merged[0])
         if merged is not None:
-            figures["lostPart"] = merged[1].ratio
+            counts = {"lostPart": merged[1].ratio, **counts}
             if merged[1].ratio > LOST_PART_WARNING:
                 context.log.warning("%s", lost_part_advice(context.run.stage, merged[1], policy.storage_dtype))
     return StageOutput(
         folder=folder,
         kind="policy",
         meta=meta,
-        metrics=figures,
+        metrics=run.figures(counts),
         tokens=run.tokens_here,
         first_step=run.first_step,
         last_step=run.state.step,
@@ -139,6 +132,16 @@ def save_range_test(context: StageContext, run: TrainingRun) -> StageOutput:
         last_step=run.state.step,
         message=message,
     )
+
+
+def row_counts(encoded: EncodedRows) -> dict[str, float]:
+    """What became of the rows, as figures of a stage."""
+    return {
+        "rows": float(len(encoded.rows)),
+        "droppedRows": float(encoded.dropped),
+        "truncatedRows": float(encoded.truncated),
+        "unsharedRows": float(encoded.unshared),
+    }
 
 
 def report_rows(context: StageContext, encoded: EncodedRows, what: str) -> None:

@@ -13,8 +13,10 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from plumbline_api.errors import InputError
+from plumbline_api.training import Freeze, Lora
 
 from plumbline_trainer.models.loading import torch_dtype
+from plumbline_trainer.models.selection import module_names, select
 
 if TYPE_CHECKING:
     from plumbline_trainer.models.policy import Policy
@@ -49,24 +51,38 @@ def refuse_without_device(field: str, *, cuda: bool) -> None:
         )
 
 
-def quantize(policy: Policy, kind: str) -> None:
-    """Replace the linear layers of a policy, all but the head, by 4-bit ones, in place.
+def layers_to_quantize(model: Any, lora: Lora, freeze: Freeze | None) -> list[str]:
+    """Linear layers that hold their weights in 4 bits: all but the head and those that are trained whole.
+
+    Raises:
+        InputError: if `lora` or `freeze` names what the model does not have.
+    """
+    from torch import nn
+
+    head, whole = model.get_output_embeddings(), select(module_names(model), lora, freeze).saved
+    plain = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
+    return [name for name, module in plain if module is not head and name not in whole]
+
+
+def quantize(policy: Policy, lora: Lora, freeze: Freeze | None) -> None:
+    """Replace the linear layers of a policy by 4-bit ones, in place, where `lora` asks for it.
 
     Raises:
         InputError: if the package or the device is missing, or the model has no layers of the right kind.
     """
+    if lora.quantization is None:
+        return
     import torch
     from torch import nn
 
-    assert kind == "nf4"
+    assert lora.quantization == "nf4"
     field = "lora.quantization"
     refuse_without_package(field)
     device = policy.model.device
     refuse_without_device(field, cuda=device.type == "cuda" and torch.cuda.is_available())
     bitsandbytes: Any = importlib.import_module(PACKAGE)
     model: Any = policy.model
-    head = model.get_output_embeddings()
-    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear and module is not head]
+    linear = layers_to_quantize(model, lora, freeze)
     if not linear:
         raise InputError(f"{field}: the model has no plain linear layers to quantise; leave quantization out")
     for name in linear:
@@ -87,4 +103,4 @@ def quantize(policy: Policy, kind: str) -> None:
             new.bias = nn.Parameter(old.bias.data, requires_grad=False)
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner) if owner else model, last, new.to(device))
-    policy.quantization = kind
+    policy.quantization = lora.quantization

@@ -12,7 +12,7 @@ import torch
 from plumbline_api.base import Contract
 from plumbline_api.errors import InputError
 from plumbline_api.stagerun import StageInput
-from plumbline_api.training import Lora
+from plumbline_api.training import Freeze, Lora
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -26,6 +26,7 @@ from plumbline_trainer.engine.values import ValueHeads, ValueScorer, score_value
 from plumbline_trainer.models.adapters import ADAPTER_WEIGHTS, attach_lora, load_adapter_state, save_adapter
 from plumbline_trainer.models.loading import load_base, torch_dtype
 from plumbline_trainer.models.policy import Policy, load_policy, policy_meta
+from plumbline_trainer.models.quantization import quantize
 from plumbline_trainer.models.saving import save_full
 from plumbline_trainer.models.tokenizer import Tokenizer
 from plumbline_trainer.storage.manifests import fetch_output
@@ -54,6 +55,8 @@ class RewardConfig(Contract):
     """Standard deviation of each head's reward over them."""
     lora: Lora | None = None
     """The adapter, if the backbone is one on the policy that the manifest names as parent `model`."""
+    freeze: Freeze | None = None
+    """What was not trained: no adapter is on it."""
 
 
 @dataclass
@@ -146,7 +149,8 @@ def load_reward_model(
                 reason="InputMissing",
             )
         tokenizer = policy.tokenizer
-        model = attach_lora(policy.model, config.lora, seed=0)
+        quantize(policy, config.lora, config.freeze)  # It has learned to score what such weights compute.
+        model = attach_lora(policy.model, config.lora, seed=0, freeze=config.freeze)
         load_adapter_state(model, load_file(str(fetched.folder / ADAPTER_WEIGHTS)))
     model.requires_grad_(False)
     scorer = ValueScorer(model, ValueHeads(weight).to(device), precision=precision)
@@ -160,7 +164,8 @@ def load_reward_model(
 def _read(folder: Path, name: str) -> tuple[RewardConfig, Tensor]:
     try:
         config = RewardConfig.model_validate_json((folder / CONFIG).read_bytes())
-        weight = load_file(str(folder / HEADS))["weight"]
+        # A tensor in a file's buffer lies at any byte, and a product with it may add up in another order.
+        weight = load_file(str(folder / HEADS))["weight"].clone()
         if weight.shape[0] != config.heads or not len(config.mean) == len(config.std) == config.heads:
             raise ValueError(f"{len(weight)} heads where {config.heads} are declared")
     except (OSError, ValueError, KeyError, ValidationError, SafetensorError) as error:

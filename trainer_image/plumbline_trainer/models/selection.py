@@ -24,6 +24,8 @@ class ModuleNames:
     """The transformer blocks, first to last; empty where they are not found."""
     tied: tuple[str, ...] = ()
     """Embeddings and head, where they are one weight."""
+    head: tuple[str, ...] = ()
+    """The output head, where it is a weight of its own."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def module_names(model: Any) -> ModuleNames:
         inner=tuple(name for name, module in modules if next(module.children(), None) is not None),
         blocks=tuple(named[id(block)] for block in stacks[0]) if stacks else (),
         tied=tuple(sorted(named[id(module)] for module in (embeddings, head))) if tied else (),
+        head=(named[id(head)],) if head is not None and not tied else (),
     )
 
 
@@ -77,6 +80,21 @@ def select(names: ModuleNames, lora: Lora | None, freeze: Freeze | None) -> Sele
             "freeze: every layer that lora would adapt is frozen. Name fewer layers or modules, or other lora.targets"
         )
     return Selection(left, saved, frozen)
+
+
+def refuse_unread_head(names: ModuleNames, lora: Lora | None) -> None:
+    """A reward model reads scalar heads in the place of the vocabulary's.
+
+    Raises:
+        InputError: if that one is to be trained all the same.
+    """
+    wanted = [] if lora is None else lora.modules_to_save or []
+    for name in wanted:
+        if any(is_named(head, name) for head in names.head):
+            raise InputError(
+                f'lora.modulesToSave: "{name}" is the head over the vocabulary, which a reward model does not read. '
+                "Leave it out"
+            )
 
 
 def _adapted(names: ModuleNames, targets: list[str] | None, saved: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
 """What a stage will take: steps, tokens, memory and accelerator time. Estimates, and named so.
 
 Memory of a training rank, in bytes: frozen weights in the resolved precision, 16 per trainable parameter (float32
-weight, gradient and two AdamW moments), activations of one micro-batch, and a constant for the runtime. Activations per
-token and layer: about 10 hidden vectors, the attention's projections and 3 vectors of the feed-forward width; with
-gradient checkpointing one hidden vector per layer and one layer in full. Logits are made in chunks and do not count.
+weight, gradient and two AdamW moments), what penalties hold, activations of one micro-batch, and a constant for the
+runtime. Activations per token and layer: about 10 hidden vectors, the attention's projections and 3 vectors of the
+feed-forward width; with gradient checkpointing one hidden vector per layer and one layer in full. Logits are made in
+chunks and do not count.
 
 Tokens are those that go through the model in training: of a row with several answers the prompt counts once, because
 the answers share it. What a frozen reference reads, once for all epochs, does not count.
@@ -73,7 +74,7 @@ def estimate(
             epochs=training.epochs,
             max_steps=training.max_steps,
             rehearsal=[(_names(other), part) for other, part in zip(rehearsed, shares, strict=True)],
-            least=2 if stage.type == "kto" else 1,
+            least=parameters.least_rows,
         )
         steps = plan.steps if training.range_test is None else training.range_test.steps
         taken = steps * training.global_batch
@@ -146,9 +147,14 @@ def _training_memory(parameters: TrainingStage, training: Training, facts: Model
         )
         # Four bits and the scale of every 64 weights.
         frozen = facts.parameters * width if lora.quantization is None else round(facts.parameters * 0.56)
-        weights = frozen + 16 * trainable
+        weights, held = frozen + 16 * trainable, 0
     else:
-        weights = 16 * facts.parameters
+        # Penalties hold a copy of the start.
+        weights, held = 16 * facts.parameters, 4 * facts.parameters
+    if training.l2sp is not None:
+        weights += held
+    if getattr(parameters, "ewc", None) is not None:
+        weights += held + 4 * facts.parameters
     layer = _activations_per_layer(facts)
     per_token = facts.hidden * facts.layers + layer if training.gradient_checkpointing else layer * facts.layers
     return round(RUNTIME_BYTES + weights + tokens * per_token * width)

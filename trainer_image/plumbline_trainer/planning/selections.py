@@ -12,7 +12,7 @@ from plumbline_api.training import Freeze, Lora
 
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.models.quantization import refuse_without_device, refuse_without_package
-from plumbline_trainer.models.selection import ModuleNames, select
+from plumbline_trainer.models.selection import ModuleNames, refuse_unread_head, select
 from plumbline_trainer.planning.facts import CACHE_FOLDER, small_files
 from plumbline_trainer.planning.problems import Problems
 from plumbline_trainer.storage import uris
@@ -21,7 +21,7 @@ from plumbline_trainer.storage.manifests import read_json
 if TYPE_CHECKING:
     from plumbline_trainer.context import StageContext
 
-NAMES_VERSION = 1
+NAMES_VERSION = 2
 
 
 def check_selections(
@@ -37,6 +37,8 @@ def check_selections(
         problems: takes what cannot be, with the path of the field.
     """
     for index, stage in enumerate(record.stages):
+        with problems.collecting():
+            _check_judges(record, stage, f"spec.stages[{index}].evaluate")
         lora = Lora.model_validate(stage.parameters["lora"]) if "lora" in stage.parameters else None
         freeze = Freeze.model_validate(stage.parameters["freeze"]) if "freeze" in stage.parameters else None
         if lora is None and freeze is None:
@@ -51,8 +53,23 @@ def check_selections(
         with problems.collecting():
             try:
                 select(names, lora, freeze)
+                if stage.type == "rewardModel":
+                    refuse_unread_head(names, lora)
             except InputError as error:
                 raise InputError(f"{path}.{error}") from error
+
+
+def _check_judges(record: RunRecord, stage: StageRecord, path: str) -> None:
+    """A reward model that was trained on 4-bit weights scores with them."""
+    for ref in stage.inputs:
+        if ref.stage is None or not ref.role.endswith(".judge"):
+            continue
+        judge = record.stage(ref.stage)
+        if (judge.parameters.get("lora") or {}).get("quantization") is not None:
+            field = (
+                f"{path}.suites[{ref.role.split('.')[1]}].winRate.judge.stage: the lora.quantization of {judge.name}"
+            )
+            refuse_without_device(field, cuda=_has_cuda(record, stage))
 
 
 def names_of(context: StageContext, model: ExternalInput, digest: str) -> ModuleNames:

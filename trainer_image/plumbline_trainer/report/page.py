@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plumbline_api.fingerprint import digest_of
 
 from plumbline_trainer.report import words
-from plumbline_trainer.report.curves import Figure, draw_curves, draw_range_test, draw_reliability
 from plumbline_trainer.report.facts import RunFacts, StageFacts
 from plumbline_trainer.report.figures import Finding, Value, find, tabulate
 from plumbline_trainer.report.merges import describe_merge
+from plumbline_trainer.report.trainings import training_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 ANSWERS_MAX = 48
@@ -55,19 +55,6 @@ class AnswerSet:
     baseline: str
     records: list[dict[str, Any]]
     left_out: int
-
-
-@dataclass
-class Training:
-    """A training stage's curves and figures."""
-
-    name: str
-    type: str
-    figures: list[Figure]
-    numbers: list[tuple[str, str]]
-    held_out: bool = False
-    """Whether held-out rows were measured on the way."""
-    remarks: list[str] = field(default_factory=list)
 
 
 def render(facts: RunFacts, *, written: str) -> str:
@@ -118,7 +105,7 @@ def build(facts: RunFacts, *, written: str) -> dict[str, Any]:
         "cost": _cost(facts),
         "final": _final(facts),
         "succeeded": facts.succeeded,
-        "trainings": [made for stage in facts.stages if (made := _training(stage)) is not None],
+        "trainings": [made for stage in facts.stages if (made := training_of(stage)) is not None],
         "answers": [made for stage in facts.evaluations for made in _answer_sets(stage)],
         "datasets": _datasets(facts),
         "checks": _checks(facts, findings),
@@ -267,58 +254,6 @@ def _final(facts: RunFacts) -> dict[str, Any] | None:
         "dtype": stage.manifest.meta.get("storageDtype"),
         "bytes": sum(file.size for file in stage.manifest.files),
     }
-
-
-_TRAINING_NUMBERS = (
-    ("accuracy", "accuracy on held-out rows"),
-    ("accuracy.lower", "its interval from"),
-    ("accuracy.upper", "to"),
-    ("calibrationError", "calibration error"),
-    ("lengthPearson", "correlation with length (Pearson)"),
-    ("lengthSpearman", "correlation with length (Spearman)"),
-    ("disagreement", "disagreement of the heads"),
-    ("evalLossStart", "held-out loss at the start"),
-    ("evalLoss", "held-out loss at the end"),
-    ("loss", "training loss, last steps"),
-    ("rewardAccuracy", "preferences met, last steps"),
-    ("evalRewardAccuracy", "preferences met, held out"),
-    ("suggestedLearningRate", "suggested learning rate"),
-    ("selectedStep", "step whose weights were kept"),
-    ("tokensPerSecond", "tokens per second"),
-    ("lostPart", "part of the change lost by rounding"),
-)
-
-
-def _figures(stage: StageFacts) -> list[Figure]:
-    """The curves of a training stage; of a range test its one plot."""
-    if stage.record.parameters["training"].get("rangeTest") is None:
-        return draw_curves(stage.name, stage.record.type, stage.points, stage.record.parameters)
-    swept = [item.metrics for item in stage.points if {"learningRate", "loss"} <= item.metrics.keys()]
-    if len(swept) < 2:
-        return []
-    rates, losses = [item["learningRate"] for item in swept], [item["loss"] for item in swept]
-    return [draw_range_test(stage.name, rates, losses, stage.metrics.get("suggestedLearningRate"))]
-
-
-def _training(stage: StageFacts) -> Training | None:
-    if "training" not in stage.record.parameters:
-        return None
-    figures = _figures(stage)
-    if stage.held_out is not None:
-        reliability = draw_reliability(stage.name, stage.held_out.get("calibration") or {})
-        figures += [] if reliability is None else [reliability]
-    numbers = [(label, words.number(stage.metrics[key])) for key, label in _TRAINING_NUMBERS if key in stage.metrics]
-    if not figures and not numbers:
-        return None
-    remarks = []
-    if (dropped := stage.metrics.get("droppedRows", 0)) > 0:
-        remarks.append(f"{words.number(dropped)} rows were left out: no token of the answer fits maxLength")
-    if (cut := stage.metrics.get("truncatedRows", 0)) > 0:
-        remarks.append(f"{words.number(cut)} rows were cut at maxLength; the model does not learn an end from them")
-    if stage.metrics.get("plainPath"):
-        remarks.append("the packed path did not agree with the plain one on this model, so the plain one was used")
-    held_out = any(name.startswith("eval") for point in stage.points for name in point.metrics)
-    return Training(stage.name, stage.record.type, figures, numbers, held_out, remarks)
 
 
 def _answer_sets(stage: StageFacts) -> list[AnswerSet]:

@@ -27,9 +27,6 @@ from plumbline_trainer.engine.unpaired import DesirableAnswers, mismatched_rows
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.models.policy import load_policy
 
-LEAST_ROWS = 2
-"""The reference point comes from answers to other prompts of the same step."""
-
 
 def run(context: StageContext) -> StageOutput | None:
     """Train on labelled answers or pairs; the loss is the mean over the answers of a step.
@@ -73,10 +70,11 @@ def run(context: StageContext) -> StageOutput | None:
             global_batch=training.global_batch,
             epochs=training.epochs,
             max_steps=training.max_steps,
-            least=LEAST_ROWS,
+            least=Kto.least_rows,
         )
         run = TrainingRun(context, ranks, scorer, plan, encoded.rows, training)
-        steps = [[encoded.rows[index] for index in plan.rows(step)] for step in range(plan.steps)]
+        # The run's own plan: a range test takes other steps than the epochs say.
+        steps = [[encoded.rows[index] for index in run.plan.rows(step)] for step in range(run.plan.steps)]
         mismatched = [row for rows in (*steps, held_out) if rows for row in mismatched_rows(rows, longest)]
         # The model's weights are still those it starts from: only now does a resumed run take up its own.
         references = find_references(run, policy, held_out, mismatched)

@@ -28,6 +28,7 @@ from plumbline_trainer.engine.trained import (
 )
 from plumbline_trainer.engine.values import ValueScorer, fresh_heads
 from plumbline_trainer.models.policy import load_policy
+from plumbline_trainer.models.selection import module_names, refuse_unread_head
 
 
 def run(context: StageContext) -> StageOutput | None:
@@ -47,6 +48,7 @@ def run(context: StageContext) -> StageOutput | None:
         report_rows(context, encoded, "training rows")
 
         # Build
+        refuse_unread_head(module_names(policy.model), lora)
         model = make_trainable(policy, lora, seed, freeze=parameters.freeze)
         scorer = ValueScorer(model, fresh_heads(model, parameters.heads, seed), precision=training.precision)
         plan = plan_steps(
