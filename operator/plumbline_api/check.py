@@ -10,12 +10,13 @@ from typing import Literal
 from plumbline_api.artifacts import FORMAT_DESCRIPTIONS, FORMAT_FIELDS, ArtifactKind
 from plumbline_api.errors import Problem
 from plumbline_api.graph import BASE_MODEL, Reference, find_cycle, references, yields
+from plumbline_api.methods import EVALUATION_FIGURES
 from plumbline_api.names import IMPLICIT_STAGES
 from plumbline_api.pipeline import AlignmentPipeline, Dataset, PipelineSpec, Storage
 from plumbline_api.quantities import parse_quantity
 from plumbline_api.runtime import AlignmentRuntime
 from plumbline_api.stages import BASED_METHODS, MERGE_DEFAULTS, STAGE_TYPES
-from plumbline_api.training import EVALUATION_FIGURES, EarlyStopping, Training
+from plumbline_api.training import EarlyStopping, Training
 
 Place = Literal["cluster", "local", "anywhere"]
 

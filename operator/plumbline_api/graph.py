@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from plumbline_api.artifacts import ArtifactKind
+from plumbline_api.methods import LikelihoodStage
 from plumbline_api.pipeline import PipelineSpec
 from plumbline_api.stages import (
     BASED_METHODS,
@@ -16,7 +17,6 @@ from plumbline_api.stages import (
     Stage,
     yields_of,
 )
-from plumbline_api.training import LikelihoodStage
 
 BASE_MODEL = ""
 """Stands for spec.model where a stage starts from no other stage."""

@@ -9,12 +9,12 @@ from plumbline_api.base import EXTERNAL_INPUTS_MAX
 from plumbline_api.check import Place, check
 from plumbline_api.errors import ManifestError, Problem
 from plumbline_api.graph import BASE_MODEL, dependencies, references
+from plumbline_api.methods import DEFAULT_LEARNING_RATES
 from plumbline_api.pipeline import AlignmentPipeline, Dataset, Storage
 from plumbline_api.quantities import parse_duration
 from plumbline_api.record import ExternalInput, InputRef, PipelineIdentity, RunRecord, StageRecord
 from plumbline_api.runtime import AlignmentRuntime
 from plumbline_api.stages import MERGE_DEFAULTS, STAGE_TYPES, Stage
-from plumbline_api.training import DEFAULT_LEARNING_RATES
 
 
 def resolve(

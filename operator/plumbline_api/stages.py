@@ -19,7 +19,8 @@ from plumbline_api.artifacts import (
 )
 from plumbline_api.base import Contract, Duration, Name, OneOf, Quantity
 from plumbline_api.evaluation import Evaluate, Gate
-from plumbline_api.training import Cpo, Dpo, Kto, Orpo, Pretrain, RewardModel, Rrhf, Sft, Share, Simpo
+from plumbline_api.methods import Cpo, Dpo, Kto, Orpo, Pretrain, RewardModel, Rrhf, Sft, Simpo
+from plumbline_api.training import Share
 
 
 class Resources(Contract):

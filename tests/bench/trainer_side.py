@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from bench.trainer_rows import make_rows, our_operations, shape_of, their_operations
-from plumbline_api.training import Kto, Lora, Training
+from plumbline_api.methods import Kto
+from plumbline_api.training import Lora, Training
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.objective import row_tokens
 from plumbline_trainer.engine.schedule import plan_steps

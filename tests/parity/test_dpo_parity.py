@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from plumbline_api.training import Dpo, Schedule, Training
+from plumbline_api.methods import Dpo
+from plumbline_api.training import Schedule, Training
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.packing import pack
 from plumbline_trainer.engine.preference import dpo_objective

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from plumbline_api.training import Kto, Schedule, Training
+from plumbline_api.methods import Kto
+from plumbline_api.training import Schedule, Training
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.packing import pack
 from plumbline_trainer.engine.references import References

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from plumbline_api.training import Cpo, Orpo, Schedule, Simpo, Training, TrainingStage
+from plumbline_api.methods import Cpo, Orpo, Simpo
+from plumbline_api.training import Schedule, Training, TrainingStage
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.packing import pack
 from plumbline_trainer.engine.scorer import Scorer

@@ -7,7 +7,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from plumbline_api.training import Cpo, Dpo, Lora, Orpo, Rrhf, Simpo, TrainingStage
+from plumbline_api.methods import Cpo, Dpo, Orpo, Rrhf, Simpo
+from plumbline_api.training import Lora, TrainingStage
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.objective import Objective
 from plumbline_trainer.engine.preference import (

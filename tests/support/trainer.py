@@ -14,12 +14,12 @@ from typing import Any
 
 from plumbline_api.artifacts import ArtifactKind
 from plumbline_api.layout import stage_root
+from plumbline_api.methods import DEFAULT_LEARNING_RATES
 from plumbline_api.pipeline import AlignmentPipeline, Storage
 from plumbline_api.record import ExternalInput, PipelineIdentity, RunRecord, fingerprints
 from plumbline_api.resolve import resolve
 from plumbline_api.stagerun import STAGE_ENV, TERMINATION_LOG_ENV, StageInput, StageResult, StageRun
 from plumbline_api.stages import STAGE_TYPES, yields_of
-from plumbline_api.training import DEFAULT_LEARNING_RATES
 from plumbline_trainer.cgroups import available_cpus
 from plumbline_trainer.context import StageContext, StopSignal
 from plumbline_trainer.progress import ProgressReporter

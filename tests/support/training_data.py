@@ -6,8 +6,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from plumbline_api.methods import TRAINING_STAGES
 from plumbline_api.stagerun import StageRun
-from plumbline_api.training import TRAINING_STAGES
 from support.tiny import save_model
 from support.trainer import base_model, external, parameters_of, stage_run, write_jsonl
 

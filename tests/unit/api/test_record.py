@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from plumbline_api.errors import InputError
+from plumbline_api.methods import Sft
 from plumbline_api.names import JOB_NAME_MAX, job_name
 from plumbline_api.pipeline import AlignmentPipeline
 from plumbline_api.record import RunRecord, fingerprints
@@ -15,7 +16,6 @@ from plumbline_api.resolve import resolve
 from plumbline_api.runtime import AlignmentRuntime
 from plumbline_api.stagerun import STAGE_RESULT_MAX_BYTES, PreflightFindings, StageResult, StageRun
 from plumbline_api.stages import Merge
-from plumbline_api.training import Sft
 from support.pipelines import STAGES, pipeline_body, runtime_body
 
 DIGESTS = ["a" * 64, "b" * 64, "c" * 64, "d" * 64]

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from plumbline_api.check import check
+from plumbline_api.methods import EVALUATION_FIGURES
 from plumbline_api.pipeline import AlignmentPipeline
 from plumbline_api.stagerun import METRICS_MAX
-from plumbline_api.training import EVALUATION_FIGURES, EarlyStopping, Training
+from plumbline_api.training import EarlyStopping, Training
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.selection import Selection
 from plumbline_trainer.engine.state import TrainingState

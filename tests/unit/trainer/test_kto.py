@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plumbline_api.training import Kto
+from plumbline_api.methods import Kto
 from plumbline_trainer.data.encode import Encoded, EncodedResponse
 from plumbline_trainer.data.labels import LabelCounts, count_labels
 from plumbline_trainer.engine.packing import pack

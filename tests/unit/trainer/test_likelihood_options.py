@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from plumbline_api.training import Dpo, Lora, RewardModel, Sft, TrainingStage
+from plumbline_api.methods import Dpo, RewardModel, Sft
+from plumbline_api.training import Lora, TrainingStage
 from plumbline_trainer.engine.optimizer import named_trainables as trainables
 from plumbline_trainer.engine.packing import pack
 from plumbline_trainer.engine.scorer import Scorer

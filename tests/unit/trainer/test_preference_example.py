@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plumbline_api.methods import Dpo
 from plumbline_api.pipeline import AlignmentPipeline
 from plumbline_api.stages import Stage
 from plumbline_api.status import PipelineStatus
-from plumbline_api.training import Dpo
 from plumbline_cli.local.runner import LocalRunner
 from plumbline_cli.local.session import Session, open_session
 from support.forked_trainer import ForkingLauncher

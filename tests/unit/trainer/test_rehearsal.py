@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from plumbline_api.training import Sft
+from plumbline_api.methods import Sft
 from plumbline_trainer.engine.loop import TrainingRun
 from pydantic import ValidationError
 from safetensors.torch import load_file

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from plumbline_api.training import Kto
+from plumbline_api.methods import Kto
 
 from plumbline_trainer.data.encode import DESIRABLE
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from plumbline_api.training import LikelihoodStage
+from plumbline_api.methods import LikelihoodStage
 
 from plumbline_trainer.data.encode import Encoded, EncodedRows, Method, encode_rows
 from plumbline_trainer.data.loading import load_rows

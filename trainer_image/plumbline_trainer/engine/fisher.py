@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from plumbline_api.training import LikelihoodStage
+from plumbline_api.methods import LikelihoodStage
 from torch import Tensor, nn
 
 from plumbline_trainer.data.encode import Encoded, Method, encode_rows

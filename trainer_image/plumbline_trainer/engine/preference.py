@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from plumbline_api.training import Cpo, Dpo, Orpo, Simpo
+from plumbline_api.methods import Cpo, Dpo, Orpo, Simpo
 from torch import Tensor
 
 from plumbline_trainer.data.encode import Encoded

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from plumbline_api.methods import RewardModel
 from plumbline_api.stagerun import StageInput
-from plumbline_api.training import Lora, RewardModel
+from plumbline_api.training import Lora
 
 from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.data.encode import Encoded, EncodedRows, encode_rows

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
-from plumbline_api.training import Kto
+from plumbline_api.methods import Kto
 from torch import Tensor
 
 from plumbline_trainer.data.encode import Encoded, EncodedResponse

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from plumbline_api.evaluation import Evaluate
+from plumbline_api.methods import TRAINING_STAGES
 from plumbline_api.record import StageRecord
-from plumbline_api.training import TRAINING_STAGES, Training, TrainingStage
+from plumbline_api.training import Training, TrainingStage
 
 from plumbline_trainer.engine.schedule import plan_steps
 from plumbline_trainer.planning.datasets import SplitFindings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import yaml
-from plumbline_api.training import TRAINING_STAGES
+from plumbline_api.methods import TRAINING_STAGES
 
 from plumbline_trainer.report import words
 from plumbline_trainer.report.facts import RunFacts

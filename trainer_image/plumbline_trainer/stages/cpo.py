@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plumbline_api.training import Cpo
+from plumbline_api.methods import Cpo
 
 from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.engine.distributed import joined_ranks

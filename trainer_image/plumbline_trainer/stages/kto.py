@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from plumbline_api.training import Kto
+from plumbline_api.methods import Kto
 
 from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.data.encode import encode_rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plumbline_api.training import Orpo
+from plumbline_api.methods import Orpo
 
 from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.engine.distributed import joined_ranks

@@ -8,11 +8,11 @@ import secrets
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from plumbline_api.methods import Kto
 from plumbline_api.quantities import parse_quantity
 from plumbline_api.record import RunRecord, StageRecord, fingerprints
 from plumbline_api.stagerun import PreflightFindings
 from plumbline_api.stages import STAGE_TYPES
-from plumbline_api.training import Kto
 from pydantic.alias_generators import to_camel
 
 from plumbline_trainer.context import StageContext, StageOutput

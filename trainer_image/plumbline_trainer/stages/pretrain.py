@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plumbline_api.training import Pretrain
+from plumbline_api.methods import Pretrain
 
 from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.data.encode import encode_rows
