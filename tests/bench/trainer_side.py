@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from bench.trainer_rows import make_rows, our_operations, shape_of, their_operations
-from plumbline_api.methods import Kto
+from plumbline_api.methods import Dpo, Kto
 from plumbline_api.training import Lora, Training
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.objective import row_tokens
 from plumbline_trainer.engine.schedule import plan_steps
-from plumbline_trainer.models.adapters import linear_modules
+from plumbline_trainer.models.selection import module_names
 
 CPU = torch.device("cpu")
 LORA = Lora(rank=16, alpha=32)
@@ -130,7 +130,8 @@ def measure_ours(task: Task) -> Measured:
     """The stage's own lines, with ready rows in place of a dataset."""
     from plumbline_trainer.engine.distributed import Ranks
     from plumbline_trainer.engine.loop import TrainingRun
-    from plumbline_trainer.engine.objective import PairPreference, TokenLikelihood
+    from plumbline_trainer.engine.objective import TokenLikelihood
+    from plumbline_trainer.engine.preference import dpo_objective
     from plumbline_trainer.engine.reference_pass import find_references
     from plumbline_trainer.engine.scorer import Scorer, prepare_modes
     from plumbline_trainer.engine.scoring import score_rows
@@ -149,14 +150,14 @@ def measure_ours(task: Task) -> Measured:
         policy = load_policy(context, context.input("model"), precision=task.precision, device="cpu")
         ordered, plan = in_order(task, policy.model.config.get_text_config().vocab_size)
         clock = Clock()
-        scorer = Scorer(make_trainable(policy, LORA, SEED), precision=task.precision)
+        scorer = Scorer(make_trainable(policy, LORA, SEED, freeze=None), precision=task.precision)
         by_id = {row.row_id: row for row in ordered}
         run = TrainingRun(context, Ranks(), scorer, plan, [by_id[name] for name in plan.row_ids], training)
         started = time.perf_counter()
         objective: Any = TokenLikelihood()
         steps = [ordered[at : at + task.global_batch] for at in range(0, len(ordered), task.global_batch)]
         if task.method == "dpo":
-            objective = PairPreference(find_references(run, policy, []), beta=0.1)
+            objective = dpo_objective(Dpo(dataset="rows", beta=0.1), find_references(run, policy, []))
         elif task.stage == "kto":
             further = [row for step in steps for row in mismatched_rows(step, training.max_length)]
             score = partial(
@@ -195,7 +196,7 @@ def measure_trl(task: Task) -> Measured:
     model = transformers.AutoModelForCausalLM.from_pretrained(task.model, dtype=dtype)
     tokenizer = transformers.AutoTokenizer.from_pretrained(task.model)
     ordered, _ = in_order(task, model.config.get_text_config().vocab_size)
-    targets = sorted(linear_modules(model))
+    targets = sorted(module_names(model).linear)
     shape_model = model
     clock = Clock()
 
