@@ -466,6 +466,11 @@ class OnlineRun:
 
     # What is told
 
+    @property
+    def last_step(self) -> int:
+        """Iterations that are done."""
+        return self.state.step
+
     def figures(self, counts: Mapping[str, float]) -> dict[str, float]:
         """Figures at the end, the deciding ones first, because not all of them travel: evaluations, means over the last
         iterations, totals.
