@@ -304,7 +304,6 @@ class OnlineRun:
         settings: dict[str, Any] = {
             "tokens_per_batch": self.training.tokens_per_batch,
             "device": self.ranks.device,
-            "precision": self.scorer.precision,
             "ranks": self.ranks,
         }
         old, entropy = score_entropies(self.scorer, rows, **settings)
