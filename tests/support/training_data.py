@@ -107,7 +107,10 @@ def training_run(
     if abort_when:
         parameters["abortWhen"] = abort_when
     split = {"evaluation": evaluation, "test": test}
-    inputs = [base_model(f"file://{model}"), external("prompts" if online else "dataset", uri, format=form, split=split)]
+    inputs = [
+        base_model(f"file://{model}"),
+        external("prompts" if online else "dataset", uri, format=form, split=split),
+    ]
     for number, (role, kind) in enumerate((others or {}).items()):
         other = write_jsonl(folder / f"other-{number}.jsonl", rows_of(kind, rows, seed=100 + number))
         inputs.append(external(role, other, name=f"other-{number}", format=kind, split={"evaluation": 0, "test": 0}))

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -316,9 +316,7 @@ class OnlineRun:
         if self.critic is not None:
             scorer = self.critic.scorer
             assert isinstance(scorer, ValueScorer)
-            values = score_values(
-                scorer, rows, tokens_per_batch=self.training.tokens_per_batch, ranks=self.ranks
-            )
+            values = score_values(scorer, rows, tokens_per_batch=self.training.tokens_per_batch, ranks=self.ranks)
             found.values = torch.cat([part[:, 0] for part in values])
 
     def learn(
@@ -390,9 +388,7 @@ class OnlineRun:
         """End the iteration: report its figures, look at the stop rules, perhaps write a checkpoint."""
         assert self._experience is not None
         experience = self._experience
-        tokens = sum(
-            len(row.prompt) + sum(len(item.ids) for item in row.responses) for row in experience.all_rows
-        )
+        tokens = sum(len(row.prompt) + sum(len(item.ids) for item in row.responses) for row in experience.all_rows)
         spent = {name: self._seconds.get(name, 0.0) for name in ("generating", "scoring", "training")}
         later = self.course.observe({**figures, **time_shares(**spent)})
         record = {**self.state.figures, **later, "tokensPerSecond": tokens / max(sum(spent.values()), 1e-9)}

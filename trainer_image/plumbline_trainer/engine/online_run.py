@@ -72,9 +72,7 @@ def open_run(
         tokens_per_batch=parameters.training.tokens_per_batch,
     )
     engine = open_engine(context, policy, parameters.rollout, ranks=ranks, precision=parameters.training.precision)
-    return OnlineRun(
-        context, ranks, scorer, reference, critic, engine, rewards, prompts, parameters, seed
-    )
+    return OnlineRun(context, ranks, scorer, reference, critic, engine, rewards, prompts, parameters, seed)
 
 
 def kl_controller(penalty: KlPenalty) -> KlController:
@@ -94,4 +92,3 @@ def save_learner(
         output,
         message=f"aborted: {run.state.ended}; the output is the weights after iteration {run.state.good_step}",
     )
-

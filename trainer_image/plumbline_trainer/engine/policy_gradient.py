@@ -69,9 +69,7 @@ class PolicyObjective:
             per_token = weights / batch.answer_tokens.repeat_interleave(batch.answer_tokens.long())
         else:
             advantages = self.experience.of_tokens(batch, self.advantages)
-            terms = clipped_policy_loss(
-                scores, old, advantages, clip_low=self.clip_low, clip_high=self.clip_high
-            )
+            terms = clipped_policy_loss(scores, old, advantages, clip_low=self.clip_low, clip_high=self.clip_high)
             per_token = weights
             if self.loss_over == "answers":
                 per_token = weights / batch.answer_tokens.repeat_interleave(batch.answer_tokens.long())

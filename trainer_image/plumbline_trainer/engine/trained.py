@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from plumbline_api.training import Freeze, Lora, Training, TunedStage
 from transformers import PreTrainedModel

@@ -43,9 +43,7 @@ def run(context: StageContext) -> StageOutput | None:
             rewards = torch.cat(
                 [
                     token_rewards(divergence, float(score), kl.coefficient)
-                    for divergence, score in zip(
-                        experience.by_answer(divergences), experience.shaped, strict=True
-                    )
+                    for divergence, score in zip(experience.by_answer(divergences), experience.shaped, strict=True)
                 ]
             )
             if parameters.whiten_rewards:

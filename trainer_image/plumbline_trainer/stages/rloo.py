@@ -35,9 +35,7 @@ def run(context: StageContext) -> StageOutput | None:
 
         # Loop
         for experience in run.rollouts():
-            divergences = experience.sums(
-                kl_estimate(experience.old, experience.reference, parameters.kl.estimator)
-            )
+            divergences = experience.sums(kl_estimate(experience.old, experience.reference, parameters.kl.estimator))
             rewards = experience.shaped - kl.coefficient * divergences
             figures = run.learn(
                 experience,
