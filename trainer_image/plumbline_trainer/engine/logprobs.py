@@ -17,7 +17,7 @@ CHUNK_BYTES = 48 * 2**20
 
 @dataclass(frozen=True)
 class Head:
-    """An output head: logits = cap(scale · (h·Wᵀ + b)) / temperature, cap(z) = softcap·tanh(z/softcap) where one is set."""
+    """An output head: logits = cap(scale · (h·Wᵀ + b)) / temperature, cap(z) = softcap·tanh(z/softcap) if set."""
 
     weight: Tensor
     """[V, d]"""

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from plumbline_api.online import ABORTED, OnlineStage
+from plumbline_api.training import Training
 from plumbline_api.watched import by_importance
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -153,7 +154,8 @@ class OnlineRun:
         """
         self.context, self.ranks, self.scorer, self.reference = context, ranks, policy, reference
         self.engine, self.rewards, self.prompts, self.parameters, self.seed = engine, rewards, prompts, parameters, seed
-        self.training = training = parameters.training
+        self.training: Training = parameters.training
+        training = self.training
         self.plan = plan_steps(
             [row.row_id for row in prompts.train],
             seed=seed,

@@ -40,7 +40,7 @@ def run(context: StageContext) -> StageOutput | None:
             advantages = torch.cat(
                 [
                     group_advantages(group, scale=parameters.scale, std=spread)
-                    for group in scores.split(parameters.answers)
+                    for group in torch.split(scores, parameters.answers)
                 ]
             )
             figures = run.learn(

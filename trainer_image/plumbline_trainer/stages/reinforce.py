@@ -38,7 +38,7 @@ def run(context: StageContext) -> StageOutput | None:
             scores = experience.shaped
             if parameters.baseline == "group":
                 scores = torch.cat(
-                    [group_advantages(group, scale="none") for group in scores.split(parameters.answers)]
+                    [group_advantages(group, scale="none") for group in torch.split(scores, parameters.answers)]
                 )
             divergences = kl_estimate(experience.old, experience.reference, parameters.kl.estimator)
             returns = [

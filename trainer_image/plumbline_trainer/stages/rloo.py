@@ -41,7 +41,7 @@ def run(context: StageContext) -> StageOutput | None:
                 experience,
                 PolicyObjective(
                     experience,
-                    torch.cat([leave_one_out(group) for group in rewards.split(parameters.answers)]),
+                    torch.cat([leave_one_out(group) for group in torch.split(rewards, parameters.answers)]),
                     clip_low=parameters.clip,
                     clip_high=parameters.clip,
                     whole_answers=True,
