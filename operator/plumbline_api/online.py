@@ -215,6 +215,11 @@ class OnlineStage(TunedStage):
                 f"rollout.maxNewTokens ({self.rollout.max_new_tokens}) leaves no room for a prompt within "
                 f"training.maxLength ({training.max_length})"
             )
+        if self.mini_batches > training.global_batch:
+            raise ValueError(
+                f"miniBatches ({self.mini_batches}) exceeds training.globalBatch ({training.global_batch}), the prompts "
+                "of a rollout; lower it"
+            )
         if all(reward.gold for reward in self.rewards):
             raise ValueError("rewards: every one is gold, so that nothing is trained on; add one that is not")
         figures = [reward.figure for reward in self.rewards]
