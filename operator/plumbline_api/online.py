@@ -329,7 +329,9 @@ class AbortRule(Contract):
 
 
 ABORTED = "aborted"
-"""Figure of a stage that was aborted: 1."""
+"""Figure of a stage with abort rules: 1 where it was aborted, else 0. In the manifest's meta the reason, in words."""
+ABORTED_REASON = "Aborted"
+"""Reason, in status, of a stage that was aborted, whether it fails for it or not."""
 OnAbort = Literal["fail", "continue"]
 ONLINE_STAGES: dict[str, type[OnlineStage]] = {"ppo": Ppo, "grpo": Grpo, "rloo": Rloo, "reinforce": Reinforce}
 """Parameters of the stages that sample and learn, by stage type."""
