@@ -12,6 +12,7 @@ from plumbline_api.errors import Problem
 from plumbline_api.graph import BASE_MODEL, Reference, find_cycle, references, yields
 from plumbline_api.methods import EVALUATION_FIGURES
 from plumbline_api.names import IMPLICIT_STAGES
+from plumbline_api.online import ONLINE_STAGES, OnlineStage
 from plumbline_api.pipeline import AlignmentPipeline, Dataset, PipelineSpec, Storage
 from plumbline_api.quantities import parse_quantity
 from plumbline_api.runtime import AlignmentRuntime
@@ -44,6 +45,7 @@ def check(
             *_check_evaluation_splits(spec),
             *_check_columns(spec),
             *_check_gates(spec),
+            *_check_abort_rules(spec),
         ]
     if not problems and (cycle := find_cycle(spec)) is not None:
         index = next(i for i, stage in enumerate(spec.stages) if stage.name == cycle[0])
@@ -231,6 +233,18 @@ def _check_gates(spec: PipelineSpec) -> Iterator[Problem]:
             yield Problem(f"{here}.metric", f'"{gate.metric}" is not measured by this stage. {hint}')
 
 
+def _check_abort_rules(spec: PipelineSpec) -> Iterator[Problem]:
+    for index, stage in enumerate(spec.stages):
+        here = f"spec.stages[{index}]"
+        if stage.abort_when and not isinstance(stage.value, OnlineStage):
+            yield Problem(
+                f"{here}.abortWhen",
+                f"{stage.type} is not watched; leave it out. Watched are {', '.join(ONLINE_STAGES)}",
+            )
+        elif stage.on_abort is not None and not stage.abort_when:
+            yield Problem(f"{here}.onAbort", "without abortWhen nothing aborts the stage; leave it out, or add rules")
+
+
 def _unknown(path: str, name: str, noun: str, known: list[str], *, is_other: bool) -> Problem:
     if is_other:
         other = "dataset" if noun == "stage" else "stage"
@@ -245,6 +259,11 @@ def _unknown(path: str, name: str, noun: str, known: list[str], *, is_other: boo
 def _check_sources(spec: PipelineSpec, place: Place) -> Iterator[Problem]:
     yield from _check_model_source("spec.model.source", spec.model.source, place)
     for index, stage in enumerate(spec.stages):
+        if isinstance(stage.value, OnlineStage):
+            for number, reward in enumerate(stage.value.rewards):
+                if reward.model is not None:
+                    path = f"spec.stages[{index}].{stage.type}.rewards[{number}].model"
+                    yield from _check_model_source(path, reward.model, place)
         if stage.evaluate is not None:
             for number, suite in enumerate(stage.evaluate.suites):
                 judge = suite.win_rate.judge if suite.win_rate is not None else None

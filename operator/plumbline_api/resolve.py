@@ -8,8 +8,10 @@ from plumbline_api.artifacts import ArtifactKind
 from plumbline_api.base import EXTERNAL_INPUTS_MAX
 from plumbline_api.check import Place, check
 from plumbline_api.errors import ManifestError, Problem
+from plumbline_api.evaluation import Gate
 from plumbline_api.graph import BASE_MODEL, dependencies, references
 from plumbline_api.methods import DEFAULT_LEARNING_RATES
+from plumbline_api.online import ABORTED, OnlineStage, Ppo
 from plumbline_api.pipeline import AlignmentPipeline, Dataset, Storage
 from plumbline_api.quantities import parse_duration
 from plumbline_api.record import ExternalInput, InputRef, PipelineIdentity, RunRecord, StageRecord
@@ -78,7 +80,7 @@ class _External:
     def dataset(self, name: str) -> int:
         return self._add(_external_dataset(self._datasets[name]))
 
-    def judge(self, name: str, uri: str) -> int:
+    def model(self, name: str, uri: str) -> int:
         return self._add(ExternalInput(name=name, kind="policy", uri=uri))
 
     def _add(self, item: ExternalInput) -> int:
@@ -112,8 +114,13 @@ def _resolve_stage(
     if stage.evaluate is not None:
         for number, suite in enumerate(stage.evaluate.suites):
             if suite.win_rate is not None and suite.win_rate.judge.model is not None:
-                position = external.judge(f"judge/{stage.name}/{number}", suite.win_rate.judge.model.source)
+                position = external.model(f"judge/{stage.name}/{number}", suite.win_rate.judge.model.source)
                 inputs.append(InputRef(role=f"suites.{number}.judge", external=position))
+    if isinstance(stage.value, OnlineStage):
+        for number, reward in enumerate(stage.value.rewards):
+            if reward.model is not None:
+                position = external.model(f"reward/{stage.name}/{number}", reward.model)
+                inputs.append(InputRef(role=f"rewards.{number}.model", external=position))
     resources = stage.resources
     if runtime is not None and resources.gpus_per_node is None:
         resources = resources.model_copy(
@@ -128,17 +135,24 @@ def _resolve_stage(
         inputs=inputs,
         depends_on=dependencies(spec, index),
         resources=resources,
-        gates=stage.gates,
+        gates=[*stage.gates, *_abort_gate(stage)],
         retries=stage.retries,
         timeout_seconds=None if stage.timeout is None else round(parse_duration(stage.timeout)),
         cache=stage.cache,
     )
 
 
+def _abort_gate(stage: Stage) -> list[Gate]:
+    """A stage that was aborted yields its last good weights all the same; whether they are let through is a gate."""
+    return [Gate(metric=ABORTED, at_most=0.0)] if stage.abort_when and stage.on_abort != "continue" else []
+
+
 def _effective_parameters(stage: Stage, *, seed: int, accelerated: bool) -> dict[str, Any]:
     """The stage's parameters with seed, precision, learning rate and LoRA scale resolved; parsed again by the same model."""
     parameters: dict[str, Any] = stage.value.to_wire()
     parameters["seed"] = seed
+    if stage.abort_when:
+        parameters["abortWhen"] = [rule.to_wire() for rule in stage.abort_when]
     precision = "bfloat16" if accelerated else "float32"
     if "training" in parameters:
         training = parameters["training"]
@@ -146,6 +160,8 @@ def _effective_parameters(stage: Stage, *, seed: int, accelerated: bool) -> dict
         training.setdefault("learningRate", with_lora if "lora" in parameters else full)
         if training["precision"] == "auto":
             training["precision"] = precision
+    if isinstance(stage.value, Ppo):
+        parameters["critic"].setdefault("learningRate", parameters["training"]["learningRate"])
     if parameters.get("precision") == "auto":
         parameters["precision"] = precision
     if stage.merge is not None and stage.merge.method is not None:
