@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+from plumbline_api.abort_rules import check_abort_rules
 from plumbline_api.artifacts import FORMAT_DESCRIPTIONS, FORMAT_FIELDS, ArtifactKind
 from plumbline_api.errors import Problem
 from plumbline_api.graph import BASE_MODEL, Reference, find_cycle, references, yields
 from plumbline_api.methods import EVALUATION_FIGURES
 from plumbline_api.names import IMPLICIT_STAGES
-from plumbline_api.online import ONLINE_STAGES, OnlineStage
 from plumbline_api.pipeline import AlignmentPipeline, Dataset, PipelineSpec, Storage
 from plumbline_api.quantities import parse_quantity
 from plumbline_api.rewarding import check_local_endpoints, check_reward_references, rewards_of
@@ -51,7 +51,7 @@ def check(
             *_check_evaluation_splits(spec),
             *_check_columns(spec),
             *_check_gates(spec),
-            *_check_abort_rules(spec),
+            *check_abort_rules(spec),
             *check_reward_references(spec),
         ]
     if not problems and (cycle := find_cycle(spec)) is not None:
@@ -240,18 +240,6 @@ def _check_gates(spec: PipelineSpec) -> Iterator[Problem]:
             suites = ", ".join(dict.fromkeys(measured)) or "nothing that has a figure"
             hint = f"Did you mean {close[0]}?" if close else f"Its suites measure: {suites}"
             yield Problem(f"{here}.metric", f'"{gate.metric}" is not measured by this stage. {hint}')
-
-
-def _check_abort_rules(spec: PipelineSpec) -> Iterator[Problem]:
-    for index, stage in enumerate(spec.stages):
-        here = f"spec.stages[{index}]"
-        if stage.abort_when and not isinstance(stage.value, OnlineStage):
-            yield Problem(
-                f"{here}.abortWhen",
-                f"{stage.type} is not watched; leave it out. Watched are {', '.join(ONLINE_STAGES)}",
-            )
-        elif stage.on_abort is not None and not stage.abort_when:
-            yield Problem(f"{here}.onAbort", "without abortWhen nothing aborts the stage; leave it out, or add rules")
 
 
 def _unknown(path: str, name: str, noun: str, known: list[str], *, is_other: bool) -> Problem:

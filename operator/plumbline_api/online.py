@@ -221,6 +221,11 @@ class OnlineStage(TunedStage):
                 f"rollout.maxNewTokens ({self.rollout.max_new_tokens}) leaves no room for a prompt within "
                 f"training.maxLength ({training.max_length})"
             )
+        if self.mini_batches > training.global_batch:
+            raise ValueError(
+                f"miniBatches ({self.mini_batches}) exceeds training.globalBatch ({training.global_batch}), the prompts "
+                "of a rollout; lower it"
+            )
         if all(reward.gold for reward in self.rewards):
             raise ValueError("rewards: every one is gold, so that nothing is trained on; add one that is not")
         figures = [reward.figure for reward in self.rewards]
@@ -324,7 +329,9 @@ class AbortRule(Contract):
 
 
 ABORTED = "aborted"
-"""Figure of a stage that was aborted: 1."""
+"""Figure of a stage with abort rules: 1 where it was aborted, else 0. In the manifest's meta the reason, in words."""
+ABORTED_REASON = "Aborted"
+"""Reason, in status, of a stage that was aborted, whether it fails for it or not."""
 OnAbort = Literal["fail", "continue"]
 ONLINE_STAGES: dict[str, type[OnlineStage]] = {"ppo": Ppo, "grpo": Grpo, "rloo": Rloo, "reinforce": Reinforce}
 """Parameters of the stages that sample and learn, by stage type."""

@@ -171,8 +171,14 @@ def _resolve_stage(
 
 
 def _abort_gate(stage: Stage) -> list[Gate]:
-    """A stage that was aborted yields its last good weights all the same; whether they are let through is a gate."""
-    return [Gate(metric=ABORTED, at_most=0.0)] if stage.abort_when and stage.on_abort != "continue" else []
+    """A stage that was aborted yields its last good weights all the same; whether they are let through is a gate.
+
+    With onAbort continue the gate always holds, but it has an output that is found in storage read, so that status says
+    that it was aborted.
+    """
+    if not stage.abort_when:
+        return []
+    return [Gate(metric=ABORTED, at_most=1.0 if stage.on_abort == "continue" else 0.0)]
 
 
 def _effective_parameters(stage: Stage, *, seed: int, accelerated: bool) -> dict[str, Any]:
