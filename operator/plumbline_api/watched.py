@@ -28,6 +28,11 @@ UPDATE_FIGURES: dict[str, str] = {
     "clipFraction": "share of tokens (rloo: answers) where the ratio was clipped, over all updates of a step",
     "ratioAtStart": "mean |new ÷ old probability − 1| before the first update of a step; 0 but for rounding",
     "gradientNorm": "of the policy before clipping, mean over the updates of a step",
+    "loss": "what is minimised, mean over the updates of a step",
+    "klLoss": "KL as a term of the loss, mean over tokens; grpo with kl.coefficient above 0",
+    "klCoefficient": "β, where it is not 0",
+    "learningRate": "of the policy",
+    "tokensPerSecond": "tokens of prompts and answers, over the whole step",
     "timeGenerating": "share of a step's time that went into sampling answers",
     "timeScoring": "share of a step's time that went into rewards, reference and values",
     "timeTraining": "share of a step's time that went into updates",
@@ -36,8 +41,11 @@ UPDATE_FIGURES: dict[str, str] = {
 
 CRITIC_FIGURES: dict[str, str] = {
     "valueExplainedVariance": "1 − Var(returns − values) ÷ Var(returns) over tokens, before the updates",
+    "valueLoss": "½ squared error of the critic, mean over tokens and updates",
+    "valueClipFraction": "share of tokens whose value was clipped, over all updates of a step",
+    "criticGradientNorm": "of the critic before clipping, mean over the updates of a step",
 }
-"""Measured where there is a critic, when a rollout is scored."""
+"""Measured where there is a critic, when a step is done."""
 
 GOLD_FIGURES: dict[str, str] = {
     "goldReward": "weighted sum of the gold rewards on held-out prompts, mean over answers",
