@@ -112,3 +112,29 @@ def by_importance(figures: Mapping[str, float]) -> dict[str, float]:
     """The same figures, those that people look at first in front: not all of them travel."""
     ranks = {name: number for number, name in enumerate(FIGURES)}
     return dict(sorted(figures.items(), key=lambda item: ranks.get(item[0], len(ranks))))
+
+
+BAR = "\\|"
+"""A bar within a table."""
+SECTIONS: tuple[tuple[str, Mapping[str, str]], ...] = (
+    ("When a rollout is scored, of the weights that sampled it", ROLLOUT_FIGURES),
+    ("When the updates on a rollout are done", UPDATE_FIGURES),
+    ("`ppo` besides", CRITIC_FIGURES),
+    ("At evaluations, on held-out prompts", HELD_OUT_FIGURES),
+    ("At evaluations, where a reward has `gold: true`", GOLD_FIGURES),
+    ("At evaluations, where the stage has `sycophancy`", SYCOPHANCY_FIGURES),
+)
+
+
+def figures_page() -> str:
+    """The reference page of the figures."""
+    lines = [
+        "# Figures of stages that sample",
+        "",
+        "What `ppo`, `grpo`, `rloo` and `reinforce` measure, and `abortWhen` may name. `reward.NAME` is the mean of one",
+        "reward over answers, before weight and clip. Made from `operator/plumbline_api/watched.py`.",
+    ]
+    for title, figures in SECTIONS:
+        rows = [f"| `{name}` | {meaning.replace('|', BAR)} |" for name, meaning in figures.items()]
+        lines += ["", f"## {title}", "", "| Figure | Meaning |", "| --- | --- |", *rows]
+    return "\n".join(lines) + "\n"
