@@ -56,7 +56,7 @@ def _components(points: Sequence[Point]) -> list[Panel]:
 def draw_frontier(stage: str, points: Sequence[Point]) -> Iterator[Figure]:
     """Reward over KL, in the order of the steps: where KL goes on growing and the reward does not, it costs more than
     it gives; where only the reward in training still grows, it is being overfitted (Gao et al. 2023)."""
-    steps, kls, rewards = _together(points, "kl", "reward")
+    steps, (kls, rewards) = _together(points, "kl", "reward")
     if len(kls) < 2:
         return
     evaluated, held_out = series(points, "evalReward")
@@ -79,7 +79,7 @@ def draw_frontier(stage: str, points: Sequence[Point]) -> Iterator[Figure]:
 
 def draw_times(stage: str, points: Sequence[Point]) -> Iterator[Figure]:
     """Where the time of each step went, as shares that add up to 1."""
-    steps, *shares = _together(points, *(name for name, _ in TIMES))
+    steps, shares = _together(points, *(name for name, _ in TIMES))
     if len(steps) < 2:
         return
     name = f"{stage}-times"
@@ -100,7 +100,7 @@ def draw_times(stage: str, points: Sequence[Point]) -> Iterator[Figure]:
     yield Figure(title, svg, f"{title}: {said}")
 
 
-def _together(points: Sequence[Point], *names: str) -> tuple[list[int], *tuple[list[float], ...]]:
-    """Steps that reported all of some figures, and their values."""
+def _together(points: Sequence[Point], *names: str) -> tuple[list[int], list[list[float]]]:
+    """Steps that reported all of some figures, and the values of each."""
     chosen = [point for point in points if all(name in point.metrics for name in names)]
-    return ([point.step for point in chosen], *([point.metrics[name] for point in chosen] for name in names))
+    return [point.step for point in chosen], [[point.metrics[name] for point in chosen] for name in names]
