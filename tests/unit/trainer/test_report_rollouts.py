@@ -20,7 +20,7 @@ from plumbline_trainer.watch.ending import watched
 from support import trainer
 
 REASON = "length.growth above 2 for 3 steps (now 2.4)"
-MESSAGE = f"{REASON}; the output is the weights after iteration 12, the last good ones"
+MESSAGE = f"{REASON}; the output is the last good weights, those after iteration 12"
 
 
 def point(step: int, **more: float) -> Point:

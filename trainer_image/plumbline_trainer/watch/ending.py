@@ -23,5 +23,5 @@ def watched(output: StageOutput, course: Course, *, aborted: str | None, kept: s
     verdict = write_monitors(output.folder, course, aborted=aborted)
     if aborted is None:
         return output if verdict.level == "clean" else replace(output, message=verdict.text)
-    message = f"{aborted}; the output is the weights {kept}, the last good ones"
+    message = f"{aborted}; the output is the last good weights, those {kept}"
     return replace(output, message=message, meta={**output.meta, ABORTED: message})
