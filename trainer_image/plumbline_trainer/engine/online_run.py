@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 from plumbline_api.online import KlPenalty, OnlineStage
 
@@ -19,8 +18,8 @@ from plumbline_trainer.losses.kl import KlController
 from plumbline_trainer.models.policy import Policy, load_policy
 from plumbline_trainer.rewards.opening import open_rewards
 from plumbline_trainer.rollout.opening import open_engine
+from plumbline_trainer.watch.ending import watched
 from plumbline_trainer.watch.sycophancy import open_probe
-from plumbline_trainer.watch.verdict import write_monitors
 
 
 def make_learner(
@@ -94,8 +93,4 @@ def save_learner(
     output = save_policy(context, run, policy, parameters.lora, prompts.encoded)
     if output is None:
         return None
-    verdict = write_monitors(output.folder, run.course, aborted=run.state.ended or None)
-    message = verdict.text if verdict.level != "clean" else ""
-    if run.state.ended:
-        message = f"aborted: {run.state.ended}; the output is the weights after iteration {run.state.good_step}"
-    return replace(output, message=message)
+    return watched(output, run.course, aborted=run.state.ended or None, kept=f"after iteration {run.state.good_step}")
