@@ -87,7 +87,7 @@ def _absolute(source: str, folder: Path) -> str:
     if scheme != "file" or not rest:
         return source
     rest = str(Path(rest).expanduser()) + "/" * rest.endswith("/") if rest.startswith("~/") else rest
-    # Joined and freed of `..`, not resolved: a glob pattern and a symbolic link stay what they are. `/`-rooted paths win
+    # Joined and freed of `..`, not resolved: glob patterns and symbolic links stay what they are. `/`-rooted paths win
     # over the folder.
     path = os.path.normpath((folder / rest).absolute())
     return f"file://{path}/" if rest.endswith("/") else f"file://{path}"

@@ -19,7 +19,8 @@ from typing import Any
 
 from plumbline_api.evaluation import Evaluate
 from plumbline_api.methods import TRAINING_STAGES
-from plumbline_api.record import StageRecord
+from plumbline_api.online import OnlineStage, Ppo
+from plumbline_api.record import StageRecord, own_parameters
 from plumbline_api.training import Training, TunedStage
 
 from plumbline_trainer.engine.schedule import plan_steps
@@ -63,7 +64,7 @@ def estimate(
     if stage.type not in TRAINING_STAGES:
         return Estimate(memory=_inference_memory(stage, facts))
     model = TRAINING_STAGES[stage.type]
-    parameters = model.model_validate({key: value for key, value in stage.parameters.items() if key != "seed"})
+    parameters = model.model_validate(own_parameters(stage.parameters))
     training = parameters.training
     steps = tokens = gpu_hours = None
     if rows is not None and rows.rows:
@@ -81,21 +82,74 @@ def estimate(
         taken = steps * training.global_batch
         if training.range_test is None:
             taken = min(taken, math.ceil(max(training.epochs, 1 / rows.rows) * plan.rows_per_epoch))
-        per_row = _mean_tokens(stage, rows, training.max_length) * (1.0 - sum(shares)) + sum(
-            share * other.tokens(training.max_length) / other.rows
-            for other, share in zip(rehearsed, shares, strict=True)
+        per_row = (
+            0.0
+            if isinstance(parameters, OnlineStage)
+            else _mean_tokens(stage, rows, training.max_length) * (1.0 - sum(shares))
+            + sum(
+                share * other.tokens(training.max_length) / other.rows
+                for other, share in zip(rehearsed, shares, strict=True)
+            )
         )
         # The mismatched answers that kto takes its reference point from are as long as the others.
         tokens = round(taken * per_row * (2 if stage.type == "kto" else 1))
         if tokens_per_second is not None and stage.resources.gpus_per_node:
             rate = tokens_per_second * 1e9 / facts.parameters
             gpu_hours = round(tokens / rate / 3600, 4)
+    if isinstance(parameters, OnlineStage):
+        return _online(stage, parameters, facts, rows, steps, tokens_per_second)
     longest = training.tokens_per_batch
     if rows is not None and rows.rows:
         row = _longest_row(stage, rows, training.max_length)
         # A micro-batch is part of a step, and a row longer than the budget stands alone.
         longest = max(row, min(longest, row * training.global_batch))
     return Estimate(steps, tokens, _training_memory(parameters, training, facts, longest), gpu_hours)
+
+
+def _online(
+    stage: StageRecord,
+    parameters: OnlineStage,
+    facts: ModelFacts,
+    rows: SplitFindings | None,
+    steps: int | None,
+    tokens_per_second: float | None,
+) -> Estimate:
+    """Stages that sample: answers as long as they may be, which an end token makes shorter.
+
+    A rollout goes through the policy once to be sampled and once to be scored, through the reference, through the
+    critic, and three times (forward and backward) in every update of policy and critic; all is counted in tokens of a
+    forward and backward pass.
+    """
+    training, answers = parameters.training, getattr(parameters, "answers", 1)
+    critics = 1 if isinstance(parameters, Ppo) else 0
+    tokens = gpu_hours = None
+    prompt = 0
+    if rows is not None and rows.prompts and steps is not None:
+        prompt = rows.prompts[-1]
+        mean = sum(rows.prompts) / len(rows.prompts)
+        per_prompt = mean + answers * parameters.rollout.max_new_tokens
+        passes = getattr(parameters, "update_epochs", 1) * (1 + critics) + (3 + critics) / 3
+        tokens = round(steps * training.global_batch * per_prompt * passes)
+        if tokens_per_second is not None and stage.resources.gpus_per_node:
+            gpu_hours = round(tokens / (tokens_per_second * 1e9 / facts.parameters) / 3600, 4)
+    longest = max(prompt + parameters.rollout.max_new_tokens, training.tokens_per_batch)
+    memory = _training_memory(parameters, training, facts, longest)
+    if critics:
+        # An adapter of its own on the same weights; without lora a model of its own.
+        memory += _trained_bytes(parameters, facts)
+    if parameters.lora is None:
+        memory += facts.parameters * 4  # the reference
+    # Keys and values of the sampled tokens.
+    width = 2 if training.precision == "bfloat16" else 4
+    memory += parameters.rollout.tokens_per_batch * 2 * facts.layers * facts.key_value_heads * facts.head_size * width
+    return Estimate(steps, tokens, memory, gpu_hours)
+
+
+def _trained_bytes(parameters: TunedStage, facts: ModelFacts) -> int:
+    """Weights, gradients and moments of what is trained."""
+    if parameters.lora is None:
+        return 16 * facts.parameters
+    return 16 * lora_parameters(parameters.lora.rank, parameters.lora.targets, facts)
 
 
 def _names(rows: SplitFindings) -> list[str]:
@@ -186,7 +240,7 @@ def _inference_memory(stage: StageRecord, facts: ModelFacts) -> int:
 
 
 def _evaluate(parameters: dict[str, Any]) -> Evaluate:
-    return Evaluate.model_validate({key: value for key, value in parameters.items() if key != "seed"})
+    return Evaluate.model_validate(own_parameters(parameters))
 
 
 def shown_bytes(count: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from plumbline_api.methods import Kto
 from plumbline_api.quantities import parse_quantity
-from plumbline_api.record import RunRecord, StageRecord, fingerprints
+from plumbline_api.record import RunRecord, StageRecord, fingerprints, own_parameters
 from plumbline_api.stagerun import PreflightFindings
 from plumbline_api.stages import STAGE_TYPES
 from pydantic.alias_generators import to_camel
@@ -188,7 +188,7 @@ def estimate_stages(record: RunRecord, found: Findings) -> None:
         read = [
             found.datasets[item.name.removeprefix("dataset/")].splits["train"]
             for role, item in dataset_inputs(record, stage)
-            if role == "dataset" or role.startswith("rehearsal.")
+            if role in ("dataset", "prompts") or role.startswith("rehearsal.")
         ]
         rows = read[0] if read else None
         found.estimates[stage.name] = estimate(stage, found.models["model"], rows, rate, rehearsed=read[1:])
@@ -208,7 +208,7 @@ def notes(record: RunRecord, found: Findings) -> list[str]:
         if memory is not None and need is not None and stage.resources.gpus_per_node and need > parse_quantity(memory):
             said.append(f"{stage.name} is estimated to need {shown_bytes(need)} per accelerator, which has {memory}")
         for _, source in dataset_inputs(record, stage) if stage.type == "kto" else ():
-            parameters = Kto.model_validate({key: value for key, value in stage.parameters.items() if key != "seed"})
+            parameters = Kto.model_validate(own_parameters(stage.parameters))
             labels = found.datasets[source.name.removeprefix("dataset/")].splits["train"].labels
             if (advice := labels.advice(parameters)) is not None:
                 said.append(f"{stage.name}: {advice}")
