@@ -82,8 +82,7 @@ def open_run(
 
 def kl_controller(penalty: KlPenalty) -> KlController:
     """The weight of the KL penalty, fixed or steered to its target."""
-    horizon = None if penalty.target is None else round(penalty.horizon)
-    return KlController(penalty.coefficient, target=penalty.target, horizon=horizon)
+    return KlController(penalty.coefficient, target=penalty.target, horizon=penalty.horizon)
 
 
 def save_learner(
