@@ -20,6 +20,11 @@ PARTS = {
         "real API server, Jobs ended by a fake kubelet, operator as a process",
     ),
     "transfer": ("Checkpoints against a raw copy", "tests/bench/transfer.py", "a real S3 server on this machine"),
+    "generation": (
+        "Rollouts against transformers' generate",
+        "tests/bench/generation.py",
+        "SmolLM2-135M with a LoRA adapter of rank 16, the quickstart's questions, temperature 1, float32",
+    ),
     "quickstart": ("Quickstart", "tests/bench/quickstart.py", "`make quickstart` from empty storage, then again"),
 }
 LIBRARIES = ("torch", "transformers", "kopf", "boto3")
