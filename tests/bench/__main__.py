@@ -37,9 +37,11 @@ def main(names: list[str]) -> int:
         sys.stderr.write(f"no benchmark {', '.join(unknown)}; known: {', '.join(PARTS)}\n")
         return 2
     for name in names or list(PARTS):
-        rows = importlib.import_module(f"bench.{name}").measure()
+        module = importlib.import_module(f"bench.{name}")
+        rows = module.measure()
+        notes = module.notes() if hasattr(module, "notes") else []
         title, source, how = PARTS[name]
-        text = section(title, f"`make bench` ({source}): {how}.", rows, LIBRARIES)
+        text = section(title, f"`make bench` ({source}): {how}.", rows, LIBRARIES, *notes)
         sys.stdout.write(text + "\n")
         replace(name, text)
     return 0
