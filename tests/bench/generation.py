@@ -76,7 +76,9 @@ def compare(model: Any, tokenizer: Tokenizer, prompts: Sequence[Prompt], size: S
             "tokens per processor second": f"{used[name]:.1f}",
             "ours against it, by processor time": f"{used['ours'] / used[name]:.2f}×",
             "tokens per answer": f"{statistics.mean(run.per_answer for run in runs):.0f}",
-            "device batch": f"{batch * size.answers} answers" if name != "ours" else f"{TOKENS_PER_BATCH:,} cached tokens",
+            "device batch": f"{batch * size.answers} answers"
+            if name != "ours"
+            else f"{TOKENS_PER_BATCH:,} cached tokens",
         }
         for name, runs in found.items()
     ]

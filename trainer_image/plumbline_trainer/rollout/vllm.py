@@ -286,6 +286,7 @@ class Sidecar:
     def _start(self, rank: int | None) -> VllmServer:
         folder, state = self.scratch / "model", None
         shutil.rmtree(folder, ignore_errors=True)
+        self.scratch.mkdir(parents=True, exist_ok=True)
         if self.lora is not None and not self.takes_adapter:
             adapter = adapter_of(self.model, self.lora)
             state = dict(merged_weights(self.model, adapter, torch_dtype(self.dtype)))
