@@ -40,8 +40,9 @@ def draw(logits: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
         [B] ids.
     """
     if logits.device.type == "cpu" and len(logits) > _CPU_ROWS:
-        parts = zip(logits.split(_CPU_ROWS), uniforms.split(_CPU_ROWS), strict=True)
-        return torch.cat([draw(part, temperature, numbers) for part, numbers in parts])
+        firsts = range(0, len(logits), _CPU_ROWS)
+        parts = [slice(first, first + _CPU_ROWS) for first in firsts]
+        return torch.cat([draw(logits[part], temperature, uniforms[part]) for part in parts])
     rows, vocabulary = logits.shape
     scaled = logits.double()
     scaled = (scaled - scaled.amax(dim=-1, keepdim=True)).div_(temperature).exp_()
