@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -215,18 +215,33 @@ def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
 
 
 @torch.no_grad()
-def merged_digest(model: torch.nn.Module, adapter: Adapter, dtype: torch.dtype) -> tuple[str, LostPart]:
-    """What `weights_digest` would say after `merge_into`, without changing the model. One merged weight at a time."""
-    digest, lost, starts = hashlib.sha256(), LostPart(), starts_of(model)
+def merged_weights(
+    model: torch.nn.Module, adapter: Adapter, dtype: torch.dtype, lost: LostPart | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights that `merge_into` would leave, by name in order, on the CPU and one at a time; no weight changes.
+
+    Args:
+        model: with the adapter attached.
+        adapter: what is attached (`adapters.adapter_of`).
+        dtype: storage type.
+        lost: takes the part of the deltas that rounding took away, if given.
+    """
+    starts, counted = starts_of(model), LostPart() if lost is None else lost
     for name, weight in sorted(stored_weights(model).items()):
         delta = adapter.deltas.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         cpu = weight.detach().cpu()
         if delta is not None:
-            merged = merge_delta(cpu, delta, dtype, lost)
+            yield name, merge_delta(cpu, delta, dtype, counted)
         elif (before := starts.get(name)) is not None:
-            merged = _rounded_whole(before, cpu, dtype, lost)
+            yield name, _rounded_whole(before, cpu, dtype, counted)
         else:
-            merged = cpu.to(dtype)
+            yield name, cpu.to(dtype)
+
+
+def merged_digest(model: torch.nn.Module, adapter: Adapter, dtype: torch.dtype) -> tuple[str, LostPart]:
+    """What `weights_digest` would say after `merge_into`, without changing the model. One merged weight at a time."""
+    digest, lost = hashlib.sha256(), LostPart()
+    for name, merged in merged_weights(model, adapter, dtype, lost):
         _add_weight(digest, name, merged)
     return digest.hexdigest(), lost
 
