@@ -124,8 +124,8 @@ def test_thirty_steps(tmp_path: Path, style: Style, lora: bool) -> None:
     points: list[float] = []
     real = objective.look_ahead
 
-    def looked(rows: Any) -> None:
-        real(rows)
+    def looked(rows: Any, first: Any = None) -> None:
+        real(rows, first)
         points.append(objective.point.item())
 
     objective.look_ahead = looked  # type: ignore[method-assign]

@@ -143,8 +143,9 @@ class Scorer(nn.Module):
     def _arranged(self, implementation: str, *, one_piece: bool) -> Iterator[None]:
         """Choose attention and adapter arithmetic for one forward pass."""
         model = self.model
-        if model.is_activation_checkpointing and torch.is_grad_enabled():
-            # Layers run again in the backward pass, after this context: the choice has to stay.
+        if model.is_activation_checkpointing:
+            # Layers run again in the backward pass, after this context: the choice has to stay, also while something
+            # is scored between the two.
             choose_attention(model, implementation)
             (use_one_piece if one_piece else use_separate_pieces)(model)
             yield
