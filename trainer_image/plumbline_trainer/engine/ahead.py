@@ -1,4 +1,4 @@
-"""What a step's first micro-batch, already through the model, spares of a pass over other rows with the same prompts."""
+"""What a step's first micro-batch, already through the model, spares of a pass over rows with the same prompts."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def prepare_modes(scorer: Scorer, *, adapter_dropout: bool, gradient_checkpointi
     if gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise InputError(
-                f"training.gradientCheckpointing: {type(model).__name__} cannot recompute activations; set it to false "
+                f"training.gradientCheckpointing: {type(model).__name__} cannot recompute activations; leave it out "
                 "and lower training.tokensPerBatch instead"
             )
         model.activation_checkpointing_enable({"use_reentrant": False})

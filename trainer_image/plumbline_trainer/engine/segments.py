@@ -58,7 +58,7 @@ class Block:
 
 
 class KeptKeys:
-    """Keys and values of a packed sequence, layer by layer, for tokens of a later pass that stand behind some of its own.
+    """Keys and values of a packed sequence, layer by layer, for tokens of a later pass that stand behind some of it.
 
     They carry no gradient, and are those that the backward pass of attention holds anyway.
     """

@@ -12,6 +12,7 @@ from plumbline_trainer.data.labels import count_labels
 from plumbline_trainer.data.loading import load_rows
 from plumbline_trainer.engine.distributed import joined_ranks
 from plumbline_trainer.engine.loop import TrainingRun
+from plumbline_trainer.engine.recomputation import recomputes
 from plumbline_trainer.engine.reference_pass import find_references
 from plumbline_trainer.engine.schedule import epoch_order, plan_steps
 from plumbline_trainer.engine.scorer import Scorer, prepare_modes
@@ -79,7 +80,7 @@ def run(context: StageContext) -> StageOutput | None:
         # The model's weights are still those it starts from: only now does a resumed run take up its own.
         references = find_references(run, policy, held_out, mismatched)
         run.resume()
-        prepare_modes(scorer, adapter_dropout=False, gradient_checkpointing=training.gradient_checkpointing)
+        prepare_modes(scorer, adapter_dropout=False, gradient_checkpointing=recomputes(run))
 
         # Loop
         score = partial(

@@ -12,6 +12,7 @@ from plumbline_trainer.engine.distributed import joined_ranks
 from plumbline_trainer.engine.fisher import hold_weights
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.objective import TokenLikelihood
+from plumbline_trainer.engine.recomputation import recomputes
 from plumbline_trainer.engine.schedule import plan_steps
 from plumbline_trainer.engine.scorer import Scorer, prepare_modes
 from plumbline_trainer.engine.trained import (
@@ -60,7 +61,7 @@ def run(context: StageContext) -> StageOutput | None:
         prepare_modes(
             scorer,
             adapter_dropout=lora is not None and lora.dropout > 0,
-            gradient_checkpointing=training.gradient_checkpointing,
+            gradient_checkpointing=recomputes(run),
         )
 
         # Loop

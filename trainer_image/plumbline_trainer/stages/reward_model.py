@@ -10,6 +10,7 @@ from plumbline_trainer.data.loading import load_rows
 from plumbline_trainer.engine.distributed import joined_ranks
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.ranking import RewardRanking
+from plumbline_trainer.engine.recomputation import recomputes
 from plumbline_trainer.engine.reward_pass import (
     encode_held_out,
     measure_held_out,
@@ -60,7 +61,7 @@ def run(context: StageContext) -> StageOutput | None:
         )
         run = TrainingRun(context, ranks, scorer, plan, encoded.rows, training)
         run.resume()
-        prepare_modes(scorer, adapter_dropout=False, gradient_checkpointing=training.gradient_checkpointing)
+        prepare_modes(scorer, adapter_dropout=False, gradient_checkpointing=recomputes(run))
 
         # Loop
         run.train(RewardRanking(centring=parameters.centring), held_out["evaluation"].rows)
