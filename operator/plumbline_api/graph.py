@@ -27,7 +27,7 @@ class Reference:
     """A name that a stage uses for an input."""
 
     role: str
-    """`model`, `models.N`, `base`, `reference`, `baseline`, `dataset`, `rehearsal.N.dataset`, `ewc.dataset`, `suites.N.dataset` or `suites.N.judge`."""
+    """`model`, `models.N`, `base`, `reference`, `kl.reference`, `baseline`, `dataset`, `rehearsal.N.dataset`, `ewc.dataset`, `suites.N.dataset` or `suites.N.judge`."""
     field: str
     """Path of the field below `spec.`."""
     target: str
@@ -81,6 +81,10 @@ def references(spec: PipelineSpec, index: int) -> Iterator[Reference]:
                 ArtifactKind.DATASET,
                 REHEARSAL_FORMATS,
             )
+        if value.kl is not None and not value.kl.is_start:
+            named = "reference" if value.kl.reference is not None else "baseModel"
+            target = BASE_MODEL if value.kl.reference is None else value.kl.reference
+            yield Reference("kl.reference", f"{here}.{stage.type}.kl.{named}", target, ArtifactKind.POLICY)
         if value.ewc is not None:
             yield Reference(
                 "ewc.dataset",

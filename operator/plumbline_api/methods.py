@@ -31,10 +31,25 @@ class Ewc(Contract):
 
 
 class Kl(Contract):
-    """Hold the whole distribution of each token near the policy at the stage's start."""
+    """Hold the whole distribution of each token near that of a reference."""
 
     coefficient: Annotated[float, Field(gt=0, le=1000)] = 0.1
-    """Factor on the mean of KL(start ‖ policy) over the tokens that carry loss."""
+    """Factor on the mean of KL(reference ‖ policy) over the tokens that carry loss."""
+    reference: Name | None = None
+    """Stage whose policy is the reference. Absent: the policy at this stage's start, or baseModel."""
+    base_model: bool = False
+    """Take spec.model as the reference."""
+
+    @property
+    def is_start(self) -> bool:
+        """Whether the reference is the policy at the stage's start."""
+        return self.reference is None and not self.base_model
+
+    @model_validator(mode="after")
+    def _names_one(self) -> Self:
+        if self.reference is not None and self.base_model:
+            raise ValueError("reference names a stage and baseModel takes spec.model; leave one of the two out")
+        return self
 
 
 class LikelihoodStage(TrainingStage):
@@ -45,7 +60,7 @@ class LikelihoodStage(TrainingStage):
     ewc: Ewc | None = None
     """Hold weights that matter to another dataset."""
     kl: Kl | None = None
-    """Hold the answers near the policy at the stage's start; needs lora, whose adapter is switched off for it."""
+    """Hold the answers near the policy at the stage's start, which needs lora, or near another policy."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share ε of each label spread over the vocabulary. Absent: 0."""
 
@@ -53,15 +68,16 @@ class LikelihoodStage(TrainingStage):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.kl is not None and self.lora is None:
+        if self.kl is not None and self.kl.is_start and self.lora is None:
             raise ValueError(
-                "kl compares with the stage's start by switching the adapter off; set lora, or hold the weights with "
-                "ewc or training.l2sp instead"
+                "kl compares with the stage's start by switching the adapter off; set lora, name the policy to compare "
+                "with (kl.reference, kl.baseModel), or hold the weights with ewc or training.l2sp instead"
             )
-        if self.kl is not None and self.lora is not None and self.lora.modules_to_save:
+        if self.kl is not None and self.kl.is_start and self.lora is not None and self.lora.modules_to_save:
             raise ValueError(
                 "kl compares with the stage's start by switching the adapter off, and lora.modulesToSave are trained "
-                "beside it. Leave one of the two out, or hold the weights with ewc or training.l2sp"
+                "beside it. Leave one of the two out, name the policy to compare with (kl.reference, kl.baseModel), "
+                "or hold the weights with ewc or training.l2sp"
             )
         if self.ewc is not None and self.lora is not None and self.lora.dora:
             raise ValueError(

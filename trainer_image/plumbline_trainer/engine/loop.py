@@ -83,6 +83,7 @@ class TrainingRun:
         """Tokens of this attempt."""
         self._committed_step = self.state.step
         self._label_smoothing = self._kl = 0.0
+        self._kl_reference: Scorer | None = None
         self._decide_path()
 
     def _decide_path(self) -> None:
@@ -111,7 +112,13 @@ class TrainingRun:
                 self.selection.take_from(self._checkpoint.folder)
 
     def train(
-        self, objective: Objective, held_out: Sequence[Encoded], *, label_smoothing: float = 0.0, kl: float = 0.0
+        self,
+        objective: Objective,
+        held_out: Sequence[Encoded],
+        *,
+        label_smoothing: float = 0.0,
+        kl: float = 0.0,
+        kl_reference: Scorer | None = None,
     ) -> None:
         """Take all steps that are left, evaluate, write checkpoints.
 
@@ -119,16 +126,16 @@ class TrainingRun:
             objective: What is minimised.
             held_out: Rows to evaluate on.
             label_smoothing: Of the labels of every step; evaluations are never smoothed.
-            kl: Coefficient of the mean KL(π_ref ‖ π) over scored tokens, the reference being the adapter switched off.
-                For objectives that are means over tokens.
+            kl: Coefficient of the mean KL(π_ref ‖ π) over scored tokens. For objectives that are means over tokens.
+            kl_reference: The reference. Absent: the policy with its adapter switched off.
 
         Raises:
             Interrupted: on SIGTERM, once a checkpoint is committed.
             InputError: if the loss or the gradient is no longer finite; if something is to be selected and nothing is
                 held out.
         """
-        self._label_smoothing, self._kl = label_smoothing, kl
-        if kl and (odd := [name for name in self.trainables if ".lora_" not in name]):
+        self._label_smoothing, self._kl, self._kl_reference = label_smoothing, kl, kl_reference
+        if kl and kl_reference is None and (odd := [name for name in self.trainables if ".lora_" not in name]):
             raise InputError(
                 f"kl: {odd[0]} is trained beside the adapter, so that switching the adapter off does not give the "
                 "start back; train the adapter alone, or leave kl out"
@@ -280,7 +287,7 @@ class TrainingRun:
     def _score(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scores of a micro-batch, with divergences beside them where `kl` asks for them."""
         if self._kl:
-            return self.scorer.with_divergence(batch, self._label_smoothing)
+            return self.scorer.with_divergence(batch, self._label_smoothing, self._kl_reference)
         smoothed = (self._label_smoothing,) if self._label_smoothing else ()
         return self.scorer(batch, *smoothed), None
 

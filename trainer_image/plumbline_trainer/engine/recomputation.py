@@ -9,20 +9,25 @@ from plumbline_trainer.context import StageContext
 from plumbline_trainer.engine.layers import layer_depths
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.packing import packed_length
+from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.planning.memory import Weights, fits, shown_bytes, sizes_of, training_memory
 
 
-def recomputes(run: TrainingRun) -> bool:
+def recomputes(run: TrainingRun, beside: Scorer | None = None) -> bool:
     """As `training.gradientCheckpointing` says; where it says nothing, whether the rest would not leave room for them.
 
     No result depends on it. Every rank decides alike. Call it once penalties are added.
+
+    Args:
+        run: Of the stage.
+        beside: Another model that stays in memory.
     """
     said = run.training.gradient_checkpointing
     if said is not None:
         return said
     limit = memory_of_this_rank(run.context)
-    need = estimated(run)
+    need = estimated(run, beside)
     has = "unknown" if limit is None else shown_bytes(limit)
     if run.ranks.any(not fits(need, limit)):
         if run.scorer.model.supports_gradient_checkpointing:
@@ -52,12 +57,16 @@ def memory_of_this_rank(context: StageContext) -> int | None:
     return None if limit is None else limit // max(1, context.world_size // max(1, context.run.nodes))
 
 
-def estimated(run: TrainingRun) -> int:
+def estimated(run: TrainingRun, beside: Scorer | None = None) -> int:
     """Bytes of this rank if activations are kept."""
     model, training = run.scorer.model, run.training
     trained = sum(parameter.numel() for parameter in run.trainables.values())
+    models = [model] if beside is None else [model, beside.model]
     frozen = sum(
-        parameter.numel() * parameter.element_size() for parameter in model.parameters() if not parameter.requires_grad
+        parameter.numel() * parameter.element_size()
+        for one in models
+        for parameter in one.parameters()
+        if not parameter.requires_grad
     )
     whole = sum(parameter.numel() for parameter in model.parameters())
     # A copy of where trained weights started; with adapters there is none.

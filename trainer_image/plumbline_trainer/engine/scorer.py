@@ -76,28 +76,36 @@ class Scorer(nn.Module):
             parts = [_smoothed(scores, ids, smoothing) for scores, ids in self._plain(batch)]
         return torch.cat(parts) if parts else torch.zeros(0, device=batch.input_ids.device)
 
-    def with_divergence(self, batch: PackedBatch, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    def with_divergence(
+        self, batch: PackedBatch, smoothing: float = 0.0, reference: Scorer | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The scores, and KL(π_ref ‖ π) over the vocabulary at every scored token, [N] float32 each.
 
-        The reference is the model with its adapter switched off, which takes one more forward pass.
+        It takes one more forward pass, of the reference: the same model with its adapter switched off where no other
+        one is given.
         """
+        other = self if reference is None else reference
         with self._autocast():
             if self.path == "fast":
                 head = self._head()
                 hidden = self._hidden(batch, batch.sources)
-                with torch.no_grad(), adapters_disabled(self.model):
-                    reference = self._hidden(batch, batch.sources)
+                with torch.no_grad(), self._as_reference(reference):
+                    wanted = other._hidden(batch, batch.sources)
                 scores = token_log_probabilities(hidden, batch.targets, head, smoothing)
-                return scores, token_divergences(hidden, reference, head)
-            with torch.no_grad(), adapters_disabled(self.model):
-                wanted = [logs for logs, _ in self._plain(batch)]
-            pairs = list(zip(self._plain(batch), wanted, strict=True))
+                return scores, token_divergences(hidden, wanted, head, None if reference is None else other._head())
+            with torch.no_grad(), self._as_reference(reference):
+                wanted_logs = [logs for logs, _ in other._plain(batch)]
+            pairs = list(zip(self._plain(batch), wanted_logs, strict=True))
         if not pairs:
             return torch.zeros(0, device=batch.input_ids.device), torch.zeros(0, device=batch.input_ids.device)
         return (
             torch.cat([_smoothed(logs, ids, smoothing) for (logs, ids), _ in pairs]),
             torch.cat([(other.exp() * (other - logs)).sum(dim=1) for (logs, _), other in pairs]),
         )
+
+    def _as_reference(self, reference: Scorer | None) -> AbstractContextManager[object]:
+        """While the reference computes: another model needs nothing, this one its adapter switched off."""
+        return adapters_disabled(self.model) if reference is None else nullcontext()
 
     def _head(self) -> Head:
         head = head_of(self.model)

@@ -173,6 +173,9 @@ def _weights(parameters: TrainingStage, facts: ModelFacts, names: ModuleNames | 
     held = copies if training.l2sp is not None else 0
     if ewc is not None:
         held += copies + 4 * facts.parameters
+    kl = getattr(parameters, "kl", None)
+    if kl is not None and not kl.is_start:
+        held += facts.parameters * (2 if training.precision == "bfloat16" else 4)
     return Weights(frozen=frozen, trained=trained, blocks=blocks, held=held)
 
 

@@ -12,6 +12,7 @@ from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.ranking import RewardRanking
 from plumbline_trainer.engine.recomputation import recomputes
 from plumbline_trainer.engine.reward_pass import (
+    as_read_back,
     encode_held_out,
     measure_held_out,
     reward_config,
@@ -21,14 +22,13 @@ from plumbline_trainer.engine.reward_pass import (
 from plumbline_trainer.engine.schedule import plan_steps
 from plumbline_trainer.engine.scorer import prepare_modes
 from plumbline_trainer.engine.trained import (
+    load_start,
     make_trainable,
     report_rows,
     save_range_test,
     stage_parameters,
-    weights_precision,
 )
 from plumbline_trainer.engine.values import ValueScorer, fresh_heads
-from plumbline_trainer.models.policy import load_policy
 from plumbline_trainer.models.selection import module_names, refuse_unread_head
 
 
@@ -38,9 +38,7 @@ def run(context: StageContext) -> StageOutput | None:
     training, lora = parameters.training, parameters.lora
     with joined_ranks(context.rank, context.world_size, context.device) as ranks:
         # Load
-        policy = load_policy(
-            context, context.input("model"), precision=weights_precision(parameters), device=context.device
-        )
+        policy = load_start(context, parameters)
         dataset, longest = context.input("dataset"), training.max_length
         encoded = encode_rows(
             load_rows(context, dataset, "train"), policy.tokenizer, method="score", max_length=longest
@@ -70,8 +68,9 @@ def run(context: StageContext) -> StageOutput | None:
 
         # Measure
         round_as_stored(policy, lora)
-        config = reward_config(run, scorer, parameters)
-        measured = measure_held_out(run, scorer, held_out)
+        reader = as_read_back(run, scorer, policy, lora)
+        config = reward_config(run, reader, parameters)
+        measured = measure_held_out(run, reader, held_out)
 
         # Save and report
         return save_reward(context, run, scorer, policy, config, encoded, measured)
