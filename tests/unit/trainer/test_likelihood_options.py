@@ -17,8 +17,8 @@ from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.models.adapters import adapters_disabled, attach_lora
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from support.encoded import make_completion
 from support.chains import train_by_hand
+from support.encoded import make_completion
 from support.ranks import run_ranks
 from support.tiny import make_model
 from support.trainer import base_model, manifest_of, output_folder, output_of, run_in_process

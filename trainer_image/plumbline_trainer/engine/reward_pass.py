@@ -53,11 +53,18 @@ def round_as_stored(policy: Policy, lora: Lora | None) -> None:
             parameter.copy_(parameter.to(torch_dtype(policy.storage_dtype)))
 
 
-def as_read_back(run: TrainingRun, scorer: ValueScorer, policy: Policy, lora: Lora | None) -> ValueScorer:
+def value_scorer(run: TrainingRun) -> ValueScorer:
+    """The run's scorer, which reads scalar heads."""
+    assert isinstance(run.scorer, ValueScorer)
+    return run.scorer
+
+
+def as_read_back(run: TrainingRun, policy: Policy, lora: Lora | None) -> ValueScorer:
     """The scorer that a reader of the stored model gets, at the stage's precision.
 
     Fully trained weights are float32 while they are trained; a reader holds them in the type that it computes in.
     """
+    scorer = value_scorer(run)
     if lora is not None or scorer.precision == "float32":
         return scorer
     for parameter in run.trainables.values():
@@ -114,7 +121,6 @@ def measure_held_out(
 def save_reward(
     context: StageContext,
     run: TrainingRun,
-    scorer: ValueScorer,
     policy: Policy,
     config: RewardConfig,
     encoded: EncodedRows,
@@ -124,7 +130,7 @@ def save_reward(
     if not run.ranks.is_main:
         return None
     folder = context.scratch / "output"
-    meta = save_reward_model(folder, scorer, policy, config)
+    meta = save_reward_model(folder, value_scorer(run), policy, config)
     metrics = {} if measured is None else measured[1].metrics()
     metrics |= {
         "rewardMean": sum(config.mean) / config.heads,
