@@ -50,6 +50,8 @@ def place_weights(model: Any, dtype: str, device: torch.device | str) -> None:
 
     Buffers keep their type: rotary frequencies rounded to bfloat16 would be off by radians at the thousandth token.
     """
+    import torch
+
     model.to(device)
     with torch.no_grad():
         for parameter in model.parameters():
