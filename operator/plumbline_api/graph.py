@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from plumbline_api.artifacts import ArtifactKind
-from plumbline_api.methods import LikelihoodStage
+from plumbline_api.methods import LikelihoodStage, PolicyStage
 from plumbline_api.pipeline import PipelineSpec
 from plumbline_api.stages import (
     BASED_METHODS,
@@ -85,14 +85,14 @@ def references(spec: PipelineSpec, index: int) -> Iterator[Reference]:
             named = "reference" if value.kl.reference is not None else "baseModel"
             target = BASE_MODEL if value.kl.reference is None else value.kl.reference
             yield Reference("kl.reference", f"{here}.{stage.type}.kl.{named}", target, ArtifactKind.POLICY)
-        if value.ewc is not None:
-            yield Reference(
-                "ewc.dataset",
-                f"{here}.{stage.type}.ewc.dataset",
-                value.ewc.dataset,
-                ArtifactKind.DATASET,
-                REHEARSAL_FORMATS,
-            )
+    if isinstance(value, PolicyStage) and value.ewc is not None:
+        yield Reference(
+            "ewc.dataset",
+            f"{here}.{stage.type}.ewc.dataset",
+            value.ewc.dataset,
+            ArtifactKind.DATASET,
+            REHEARSAL_FORMATS,
+        )
     if stage.evaluate is not None:
         baseline = stage.evaluate.baseline
         yield Reference(

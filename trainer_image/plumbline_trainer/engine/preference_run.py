@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from plumbline_api.methods import PolicyStage
 from plumbline_api.training import TrainingStage
 from transformers import PreTrainedModel
 
@@ -13,6 +14,7 @@ from plumbline_trainer.context import StageContext
 from plumbline_trainer.data.encode import Encoded, EncodedRows, Method, encode_rows
 from plumbline_trainer.data.loading import load_rows
 from plumbline_trainer.engine.distributed import Ranks
+from plumbline_trainer.engine.fisher import hold_weights
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.schedule import plan_steps
 from plumbline_trainer.engine.scorer import Scorer
@@ -92,4 +94,7 @@ def open_run(
         max_steps=training.max_steps,
         least=parameters.least_rows,
     )
-    return TrainingRun(context, ranks, scorer, plan, rows.encoded.rows, training)
+    run = TrainingRun(context, ranks, scorer, plan, rows.encoded.rows, training)
+    if isinstance(parameters, PolicyStage):
+        hold_weights(run, policy, parameters, seed, method="completion")
+    return run
