@@ -23,6 +23,8 @@ METHODS = ("sft", "dpo", "kto", "kto-pairs", "rewardModel")
 """`kto` on unpaired rows, `kto-pairs` on preference rows: both are the stage `kto`."""
 NO_REFERENCE = frozenset({"sft", "rewardModel"})
 """Methods without a pass of a reference."""
+ONLINE_METHODS = ("ppo", "grpo")
+"""They take the prompts of a profile and sample the answers."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ def make_rows(method: str, profile: str, count: int, vocabulary: int) -> list[En
             "rewardModel": [
                 replace(item, reads=(len(item.ids) - 1,), rank=rank) for rank, item in enumerate((good, bad))
             ],
+            "ppo": [],
+            "grpo": [],
         }[method]
         rows.append(Encoded(f"{profile}/{number}", f"{number}", first, responses))
     return rows

@@ -14,7 +14,7 @@ from typing import Any
 from plumbline_api.evaluation import Evaluate
 from plumbline_api.methods import TRAINING_STAGES
 from plumbline_api.record import StageRecord
-from plumbline_api.training import TrainingStage
+from plumbline_api.training import TunedStage
 
 from plumbline_trainer.engine.schedule import plan_steps
 from plumbline_trainer.models.selection import ModuleNames, trained_parts
@@ -137,7 +137,7 @@ def lora_parameters(rank: int, targets: list[str] | None, facts: ModelFacts) -> 
 
 
 def _training_memory(
-    parameters: TrainingStage,
+    parameters: TunedStage,
     facts: ModelFacts,
     tokens: int,
     names: ModuleNames | None,
@@ -154,7 +154,7 @@ def _training_memory(
     return recomputed if chosen or (chosen is None and not fits(plain, limit)) else plain
 
 
-def _weights(parameters: TrainingStage, facts: ModelFacts, names: ModuleNames | None) -> Weights:
+def _weights(parameters: TunedStage, facts: ModelFacts, names: ModuleNames | None) -> Weights:
     training, lora, ewc = parameters.training, parameters.lora, getattr(parameters, "ewc", None)
     parts = None if names is None else trained_parts(names, lora, parameters.freeze)
     blocks = facts.layers if parts is None or not names or not names.blocks else parts.blocks
