@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plumbline_trainer.data.encode import Encoded, EncodedResponse
 from plumbline_trainer.engine.packing import pack, packed_length
-from plumbline_trainer.engine.segments import Block, visibility_mask
+from plumbline_trainer.engine.segments import Block, SegmentPlan, visibility_mask
 from support.encoded import make_completion, make_pair
 
 INF = float("-inf")
@@ -93,6 +93,21 @@ def test_mask_agrees_with_a_definition_token_by_token(prompt: int, responses: li
         for k, (other, place) in enumerate(tokens):
             seen = place <= position and other in (-1, owner) and (window is None or position - place < window)
             assert (mask[q, k] == 0) == seen
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    past=st.integers(1, 6),
+    prompt=st.integers(0, 4),
+    responses=st.lists(st.integers(0, 5), min_size=1, max_size=3),
+    window=st.none() | st.integers(1, 8),
+)
+def test_what_is_past_is_seen_like_a_prompt(past: int, prompt: int, responses: list[int], window: int | None) -> None:
+    behind = Block(start=0, prompt=prompt, responses=tuple(responses), past=range(3, 3 + past))
+    whole = Block(start=0, prompt=past + prompt, responses=tuple(responses))
+    assert not behind.is_causal
+    assert torch.equal(visibility_mask(behind, window), visibility_mask(whole, window)[past:])
+    assert SegmentPlan((behind,)).positions() == SegmentPlan((whole,)).positions()[past:]
 
 
 def test_pairs_share_their_prompt() -> None:

@@ -22,7 +22,7 @@ from plumbline_trainer.storage.manifests import read_json
 if TYPE_CHECKING:
     from plumbline_trainer.context import StageContext
 
-NAMES_VERSION = 2
+NAMES_VERSION = 3
 
 
 def check_selections(
@@ -90,7 +90,7 @@ def names_of(context: StageContext, model: ExternalInput, digest: str) -> Module
     known = read_json(context.store, place)
     if isinstance(known, dict):
         try:
-            return ModuleNames(**{name: tuple(map(str, values)) for name, values in known.items()})
+            return ModuleNames(**{name: tuple(values) for name, values in known.items()})
         except TypeError:
             pass
     from plumbline_trainer.models.loading import load_skeleton
