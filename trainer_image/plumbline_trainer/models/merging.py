@@ -183,9 +183,9 @@ def merge_into(model: torch.nn.Module, adapter: Adapter, dtype: torch.dtype) -> 
             raise InputError(f'the adapter changes "{name}", which the model does not have: it was trained on another')
         changes.setdefault(id(weight), (weight, []))[1].append(delta)  # Modules may share a weight.
     jobs = (_merging(weight.data, deltas, dtype) for weight, deltas in changes.values())
-    for (weight, _), (merged, part) in zip(changes.values(), _at_once(jobs), strict=True):
+    for (weight, _), (merged, own) in zip(changes.values(), _at_once(jobs), strict=True):
         weight.data = merged
-        lost.include(part)
+        lost.include(own)
     seen: set[int] = set()
     for name, trained in sorted(adapter.saved.items()):
         owner, _, part = name.rpartition(".")
