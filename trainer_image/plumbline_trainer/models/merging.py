@@ -28,6 +28,8 @@ START_PREFIX = "start_"
 _CHUNK = (1 << 15) - 1
 """Elements per block: large enough to hide the cost of a call, small enough to stay in the cache, and just below what
 torch splits among threads."""
+_AT_ONCE = 8
+"""Most weights that are merged at a time: each takes its memory twice until it is put in its place."""
 LOST_PART_WARNING = 0.3
 """Share of a delta that may be lost by rounding before people are warned."""
 
@@ -267,7 +269,7 @@ def _merging(weight: Tensor, deltas: Iterable[Delta], dtype: torch.dtype) -> Cal
 
 def _at_once(jobs: Iterable[Callable[[], tuple[Tensor, LostPart]]]) -> Iterator[tuple[Tensor, LostPart]]:
     """Results in order, with as many jobs under way as torch has threads, and no more results waiting than that."""
-    threads = torch.get_num_threads()
+    threads = min(torch.get_num_threads(), _AT_ONCE)
     waiting: deque[Future[tuple[Tensor, LostPart]]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="merging") as pool:
         try:
