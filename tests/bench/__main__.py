@@ -19,8 +19,16 @@ PARTS = {
         "tests/bench/handover.py",
         "real API server, Jobs ended by a fake kubelet, operator as a process",
     ),
-    "transfer": ("Checkpoints against a raw copy", "tests/bench/transfer.py", "a real S3 server on this machine"),
-    "quickstart": ("Quickstart", "tests/bench/quickstart.py", "`make quickstart` from empty storage, then again"),
+    "transfer": (
+        "Checkpoints against a raw copy",
+        "tests/bench/transfer.py",
+        "a real S3 server on this machine, both sides with a client that is open; medians of the rounds, who goes first alternates",
+    ),
+    "quickstart": (
+        "Quickstart",
+        "tests/bench/quickstart.py",
+        "examples/01-quickstart from empty storage and cache, then again; memory is the sum of proportional set sizes, every 2 s",
+    ),
 }
 LIBRARIES = ("torch", "transformers", "kopf", "boto3")
 
