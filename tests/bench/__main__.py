@@ -22,12 +22,12 @@ PARTS = {
     "transfer": (
         "Checkpoints against a raw copy",
         "tests/bench/transfer.py",
-        "a real S3 server on this machine, both sides with a client that is open; medians of the rounds, who goes first alternates",
+        "a real S3 server on this machine, both clients warm, who goes first alternates; medians of the rounds",
     ),
     "quickstart": (
         "Quickstart",
         "tests/bench/quickstart.py",
-        "examples/01-quickstart from empty storage and cache, then again; memory is the sum of proportional set sizes, every 2 s",
+        "examples/01-quickstart from empty storage and cache, then again; proportional memory, sampled every 2 s",
     ),
 }
 LIBRARIES = ("torch", "transformers", "kopf", "boto3")
