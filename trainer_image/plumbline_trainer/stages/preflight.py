@@ -20,7 +20,7 @@ from plumbline_trainer.data.loading import load_dataset
 from plumbline_trainer.errors import InputError, Interrupted
 from plumbline_trainer.planning.datasets import DatasetFindings, Leak, as_input, find_leaks, survey
 from plumbline_trainer.planning.estimates import Estimate, estimate
-from plumbline_trainer.planning.facts import ModelFacts, local_tokenizer, model_facts
+from plumbline_trainer.planning.facts import ModelFacts, local_tokenizer, model_facts, reading
 from plumbline_trainer.planning.hits import Hit, find_hits
 from plumbline_trainer.planning.lengths import length_note
 from plumbline_trainer.planning.memory import shown_bytes
@@ -148,7 +148,7 @@ def read_models(
         if item.kind != "policy" or one is None:
             continue
         _step(context, len(pins) + number, 2 * len(pins), f"reading {item.name}")
-        with problems.collecting():
+        with problems.collecting(), reading(item):
             found.models[item.name] = model_facts(context, item, one.digest)
             if item.name == "model":
                 check_selections(context, record, item, one.digest, problems)
