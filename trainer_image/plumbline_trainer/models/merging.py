@@ -264,7 +264,7 @@ def merged_weights(
 
 
 def merged_digest(model: torch.nn.Module, adapter: Adapter, dtype: torch.dtype) -> tuple[str, LostPart]:
-    """What `weights_digest` would say after `merge_into`, without changing the model. A few merged weights at a time."""
+    """What `weights_digest` would say after `merge_into`, without changing the model; a few weights at a time."""
     digest, lost = hashlib.sha256(), LostPart()
     for name, merged in merged_weights(model, adapter, dtype, lost):
         _add_weight(digest, name, merged)
