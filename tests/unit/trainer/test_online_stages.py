@@ -83,6 +83,11 @@ def test_a_stage_runs_and_tells_its_figures(tmp_path: Path, type_: str, lora: di
     assert told <= manifest.metrics.keys()
     assert manifest.metrics["ratioAtStart"] < 1e-5
     assert manifest.metrics["plainPath"] == 0
+    critic = output_folder(run) / "critic"
+    assert critic.is_dir() == (type_ == "ppo")
+    if type_ == "ppo":
+        assert load_file(critic / "head.safetensors")["weight"].abs().sum() > 0, "the head began at zero"
+        assert (critic / ("adapter_model.safetensors" if lora else "model.safetensors")).is_file()
 
 
 class Stopper:

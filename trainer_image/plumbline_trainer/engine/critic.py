@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from plumbline_api.online import Ppo
+from plumbline_api.training import Lora
+from safetensors.torch import save_file
 from torch import nn
 
 from plumbline_trainer.context import StageContext
 from plumbline_trainer.engine.schedule import random_key
 from plumbline_trainer.engine.values import ValueHeads, ValueScorer
 from plumbline_trainer.errors import InputError
-from plumbline_trainer.models.adapters import attach_lora
+from plumbline_trainer.models.adapters import attach_lora, save_adapter
 from plumbline_trainer.models.policy import Policy
 from plumbline_trainer.models.reward import load_reward_model
+from plumbline_trainer.models.saving import save_full
 from plumbline_trainer.models.sharing import shared_backbone
 
+CRITIC_FOLDER, CRITIC_CONFIG, CRITIC_HEAD = "critic", "critic.json", "head.safetensors"
 
-def open_critic(context: StageContext, policy: Policy, parameters: Ppo, seed: int) -> ValueScorer:
+
+@dataclass(frozen=True)
+class Critic:
+    """A value function, and how its weights came about."""
+
+    scorer: ValueScorer
+    lora: Lora | None
+    """Its adapter; None where all its weights are trained."""
+    start: str
+    """`policy`, or the name of the reward model's stage."""
+
+
+def open_critic(context: StageContext, policy: Policy, parameters: Ppo, seed: int) -> Critic:
     """The critic at the stage's start. With an adapter the policy must carry its own already.
 
     With an adapter the frozen weights are the policy's own tensors, and only an adapter and a head are new; without
@@ -40,13 +59,27 @@ def open_critic(context: StageContext, policy: Policy, parameters: Ppo, seed: in
             )
         model, heads = reward.scorer.model, ValueHeads(reward.scorer.heads.weight.detach().mean(dim=0, keepdim=True))
         _make_trainable(model, adapter=reward.config.lora is not None)
-        return _scorer(model, heads, precision)
+        return Critic(_scorer(model, heads, precision), reward.config.lora, item.name)
     width = int(policy.model.config.get_text_config().hidden_size)
     heads = ValueHeads(torch.zeros(1, width)).to(policy.model.device)
     if lora is None:
-        return _scorer(copy.deepcopy(policy.model), heads, precision)
+        return Critic(_scorer(copy.deepcopy(policy.model), heads, precision), None, "policy")
     model = attach_lora(shared_backbone(policy), lora, random_key(seed, "critic"), parameters.freeze)
-    return _scorer(model, heads, precision)
+    return Critic(_scorer(model, heads, precision), lora, "policy")
+
+
+def save_critic(folder: Path, critic: Critic, policy: Policy) -> None:
+    """Write the critic beside the policy: head, adapter (on what the critic started from) or full weights."""
+    folder = folder / CRITIC_FOLDER
+    folder.mkdir(parents=True)
+    if critic.lora is None:
+        save_full(critic.scorer.model, policy.tokenizer, folder, policy.storage_dtype)
+    else:
+        save_adapter(critic.scorer.model, critic.lora, folder)
+    weight = critic.scorer.heads.weight.detach().to("cpu", torch.float32).contiguous()
+    save_file({"weight": weight}, str(folder / CRITIC_HEAD), metadata={"format": "pt"})
+    document = {"version": 1, "start": critic.start, "tokenizerDigest": policy.tokenizer.digest, "read": "before"}
+    (folder / CRITIC_CONFIG).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _scorer(model: nn.Module, heads: ValueHeads, precision: str) -> ValueScorer:

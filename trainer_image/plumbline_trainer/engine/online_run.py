@@ -7,6 +7,7 @@ import copy
 from plumbline_api.online import KlPenalty, OnlineStage
 
 from plumbline_trainer.context import StageContext, StageOutput
+from plumbline_trainer.engine.critic import Critic, save_critic
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.online import OnlineRun
 from plumbline_trainer.engine.prompts import Prompts
@@ -102,10 +103,17 @@ def kl_controller(penalty: KlPenalty) -> KlController:
 
 
 def save_learner(
-    context: StageContext, run: OnlineRun, policy: Policy, parameters: OnlineStage, prompts: Prompts
+    context: StageContext,
+    run: OnlineRun,
+    policy: Policy,
+    parameters: OnlineStage,
+    prompts: Prompts,
+    critic: Critic | None = None,
 ) -> StageOutput | None:
     """Write what was learnt and what the monitors saw, on rank 0; an aborted stage says why."""
     output = save_policy(context, run, policy, parameters.lora, prompts.encoded)
     if output is None:
         return None
+    if critic is not None:
+        save_critic(output.folder, critic, policy)
     return watched(output, run.course, aborted=run.state.ended or None, kept=f"after iteration {run.state.good_step}")

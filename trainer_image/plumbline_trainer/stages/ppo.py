@@ -29,7 +29,7 @@ def run(context: StageContext) -> StageOutput | None:
         # Build
         scorer, reference = make_learner(context, policy, parameters, seed)
         critic = open_critic(context, policy, parameters, seed)
-        run = open_run(context, ranks, policy, scorer, reference, critic, prompts, parameters, seed)
+        run = open_run(context, ranks, policy, scorer, reference, critic.scorer, prompts, parameters, seed)
         kl = kl_controller(parameters.kl)
         run.resume(kl=kl)
 
@@ -68,4 +68,4 @@ def run(context: StageContext) -> StageOutput | None:
             run.close(figures)
 
         # Save and report
-        return save_learner(context, run, policy, parameters, prompts)
+        return save_learner(context, run, policy, parameters, prompts, critic)
