@@ -10,6 +10,7 @@ from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.online import OnlineRun
 from plumbline_trainer.engine.prompts import Prompts
+from plumbline_trainer.engine.recomputation import computes_again
 from plumbline_trainer.engine.scorer import Scorer, prepare_modes
 from plumbline_trainer.engine.trained import make_trainable, save_policy
 from plumbline_trainer.engine.values import ValueScorer
@@ -46,9 +47,7 @@ def make_learner(
         reference.requires_grad_(False)
         reference.eval()
     model = make_trainable(policy, parameters.lora, seed, freeze=parameters.freeze)
-    scorer = Scorer(model, precision=precision)
-    prepare_modes(scorer, adapter_dropout=False, gradient_checkpointing=parameters.training.gradient_checkpointing)
-    return scorer, reference
+    return Scorer(model, precision=precision), reference
 
 
 def open_run(
@@ -63,6 +62,16 @@ def open_run(
     seed: int,
 ) -> OnlineRun:
     """The run, with rewards and the engine that samples; nothing is resumed yet."""
+    training = parameters.training
+    again = computes_again(
+        context,
+        ranks,
+        scorer,
+        training,
+        tokens=training.tokens_per_batch,
+        beside=[one for one in (reference, critic) if one is not None],
+    )
+    prepare_modes(scorer, adapter_dropout=False, gradient_checkpointing=again)
     rewards = open_rewards(
         context,
         parameters.rewards,
@@ -72,7 +81,14 @@ def open_run(
         precision=parameters.training.precision,
         tokens_per_batch=parameters.training.tokens_per_batch,
     )
-    engine = open_engine(context, policy, parameters.rollout, ranks=ranks, precision=parameters.training.precision)
+    engine = open_engine(
+        context,
+        policy,
+        parameters.rollout,
+        lora=parameters.lora,
+        ranks=ranks,
+        precision=parameters.training.precision,
+    )
     probe = None
     if parameters.sycophancy is not None:
         longest = parameters.training.max_length
