@@ -25,7 +25,7 @@ from plumbline_trainer.engine.online import OnlineRun
 from plumbline_trainer.engine.prompts import Prompts
 from plumbline_trainer.models.selection import module_names
 
-PATTERN = "th|e"
+PATTERN = r"^\W*[a-m]"
 """The rule by which answers are scored."""
 
 
@@ -80,7 +80,7 @@ def measure_ours(task: Task) -> Measured:
                 assert run.state.figures["length.mean"] == task.new_tokens
                 close(figures)
                 held["clock"].mark()
-                held["losses"].append(figures["policyLoss"])
+                held["losses"].append(figures["loss"])
 
             def resumed(**kept: Any) -> None:
                 resume(**kept)

@@ -91,6 +91,42 @@ def check_update(scorer: Any, experience: Experience, objective: PolicyObjective
     return means
 
 
+def check_stage(
+    folder: Path,
+    type_: str,
+    fields: dict[str, Any],
+    answers: Answers,
+    policy: Any,
+    reference: Any,
+    temperature: float,
+    wanted: PolicyObjective,
+) -> None:
+    """The stage itself makes the objective of a rollout whose loss and gradients are compared with trl's."""
+    order, experience, found, value = learning.stage_objectives(
+        folder,
+        type_,
+        {"rollout": {"temperature": temperature, "maxNewTokens": 8}, **fields},
+        (answers.prompts, answers.groups, answers.scores),
+        policy=policy,
+        reference=reference,
+    )
+    assert value is None
+    by_answer = experience.first_answers
+    assert list(by_answer.values()) == [0, 4, 8]
+    per_prompt = [sum(len(ids) for ids in group) for group in answers.groups]
+    sizes = [4] * 3 if found.whole_answers else per_prompt
+    for part in ("advantages", "old", "reference"):
+        ours, theirs = ((of if part == "advantages" else of.experience) for of in (found, wanted))
+        lengths = sizes if part == "advantages" else per_prompt
+        pieces = torch.split(getattr(theirs, part), lengths)
+        assert torch.allclose(getattr(ours, part), torch.cat([pieces[number] for number in order]), atol=TOLERANCE), (
+            part
+        )
+    for part in ("clip_low", "clip_high", "whole_answers", "loss_over", "kl_coefficient", "entropy_coefficient"):
+        assert getattr(found, part) == getattr(wanted, part), part
+    assert not found.kl_coefficient or found.kl_estimator == "k3"
+
+
 @dataclass(frozen=True)
 class Grpo:
     style: Style
@@ -147,6 +183,13 @@ def test_two_updates_of_grpo(tmp_path: Path, name: str) -> None:
         loss_over=settings.loss_over,
         kl_coefficient=settings.beta,
     )
+    fields = {
+        "scale": settings.scale,
+        "lossOver": settings.loss_over,
+        "clipHigh": settings.clip_high,
+        "kl": {"coefficient": settings.beta, "estimator": "k3"},
+    }
+    check_stage(tmp_path, "grpo", fields, answers, policy, reference, settings.temperature, objective)
     for number, step in enumerate(steps):
         new = learning.log_probabilities(scorer, experience)
         terms = clipped_policy_loss(
@@ -195,6 +238,8 @@ def test_two_updates_of_rloo(tmp_path: Path, style: Style) -> None:
     assert divergences.abs().min() > 1e-3, "KL must count, or its place in the reward is not checked"
 
     objective = PolicyObjective(experience, advantages, clip_low=0.2, clip_high=0.2, whole_answers=True)
+    fields = {"kl": {"coefficient": beta, "estimator": "k1"}}
+    check_stage(tmp_path, "rloo", fields, answers, policy, reference, temperature, objective)
     for number, step in enumerate(steps):
         new = learning.log_probabilities(scorer, experience)
         terms = clipped_policy_loss(

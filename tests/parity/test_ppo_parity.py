@@ -8,6 +8,7 @@ returns, the losses of every token, and the gradients of policy and critic, at a
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from support.ppo_peer import Case, Models, Observed, Rollout
 from support.tiny import Style, make_model
 from torch import Tensor
 
+pytestmark = pytest.mark.timeout(1800)  # trl's side of all cases runs in the first test's fixture
 TOLERANCE = 1e-5
 """Float32, padded against unpadded forward passes."""
 
@@ -219,6 +221,42 @@ def test_two_updates_by_the_stages_own_objective(theirs: dict[str, Observed], na
         assert gap_of(gradients, step.gradients) <= 1e-4
         for trained in (scorer, critic):
             learning.descend(trained, RATE)
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_what_the_stage_makes_of_a_rollout(tmp_path: Path, theirs: dict[str, Observed], name: str) -> None:
+    """The stage itself, with the answers and scores given: trl's log-probabilities, values, advantages and returns."""
+    style, settings = FULL[name]
+    models, peer = ppo_peer.make_models(style), theirs[name]
+    scores = [[score] for score in peer.held["scores"].tolist()]
+    order, experience, policy, value = learning.stage_objectives(
+        tmp_path,
+        "ppo",
+        {
+            "kl": {"coefficient": settings.kl_coef, "estimator": settings.kl_estimator},
+            "rollout": {"temperature": settings.temperature, "maxNewTokens": 6},
+            "gamma": settings.gamma,
+            "gaeLambda": settings.lam,
+            "whitenRewards": settings.whiten_rewards,
+        },
+        (ALL_SIX.prompts, [[answer] for answer in ALL_SIX.answers], scores),
+        policy=models.policy,
+        reference=models.reference,
+        critic=models.critic,
+    )
+    assert value is not None
+    assert experience.values is not None
+    found = {
+        "logprobs": experience.old,
+        "ref_logprobs": experience.reference,
+        "values": experience.values,
+        "advantages": policy.advantages,
+        "returns": value.returns,
+    }
+    for part, ours in found.items():
+        assert close(ours, peer.held[part][order].flatten(), 1e-3 if part == "advantages" else 1e-4), part
+    assert policy.clip_low == policy.clip_high == value.clip == settings.cliprange
+    assert value.coefficient == settings.vf_coef
 
 
 def as_trl_has_it(peer: Observed) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -1,21 +1,30 @@
-"""A rollout that is given instead of sampled, as the stages' own objectives take it, and one update on it."""
+"""A rollout that is given instead of sampled, as the stages and their objectives take it, and one update on it."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from plumbline_trainer.data.encode import Encoded
+from plumbline_api.online import ONLINE_STAGES
+from plumbline_trainer.data.encode import Encoded, EncodedRows
+from plumbline_trainer.data.rows import Message, Row
 from plumbline_trainer.engine.accumulation import accumulate
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.experience import Experience
 from plumbline_trainer.engine.loop import dummy_of
 from plumbline_trainer.engine.policy_gradient import PolicyObjective, ValueObjective
+from plumbline_trainer.engine.prompts import Prompts
 from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.engine.scoring import score_rows
 from plumbline_trainer.engine.values import ValueHeads, ValueScorer, score_values
+from plumbline_trainer.rewards.combining import Scored
 from plumbline_trainer.rollout.interface import Sampled
+from support.tiny import make_tokenizer
+from support.trainer import base_model, parameters_of, stage_context, stage_run
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -81,3 +90,105 @@ def descend(scorer: Scorer, rate: float) -> None:
         for parameter in scorer.parameters():
             if parameter.grad is not None:
                 parameter -= rate * parameter.grad
+
+
+class _Captured(Exception):
+    """The stage has said what was asked of it."""
+
+
+def stage_objectives(
+    folder: Path,
+    type_: str,
+    fields: dict[str, Any],
+    rollout: tuple[list[list[int]], list[list[list[int]]], list[list[float]]],
+    *,
+    policy: Any,
+    reference: Any,
+    critic: Any = None,
+) -> tuple[list[int], Experience, PolicyObjective, ValueObjective | None]:
+    """What a stage itself makes of a rollout before its first update; its prompts are numbered as given.
+
+    Args:
+        folder: For models and scratch.
+        type_: Of the stage.
+        fields: Of the stage, in wire form.
+        rollout: Prompts, [prompt][answer] ids and their scores, in place of the sampler's and the rewards'.
+        policy: A causal model, trained whole.
+        reference: Another one.
+        critic: A scalar classifier whose weights the critic takes.
+
+    Returns:
+        The order of prompts, the rollout as the stage holds it, and its objectives.
+    """
+    prompts, groups, scores = rollout
+    stage = importlib.import_module(f"plumbline_trainer.stages.{type_}")
+    for name, model in {"policy": policy, "reference": reference}.items():
+        model.save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    parameters = parameters_of(
+        ONLINE_STAGES[type_].model_validate(
+            {
+                "prompts": "rows",
+                "rewards": [{"rule": "length"}],
+                "answers": len(groups[0]),
+                "training": {"globalBatch": len(prompts), "tokensPerBatch": BUDGET, "maxLength": 512},
+                **fields,
+            }
+        )
+    )
+    inputs = [
+        base_model((folder / "policy").as_uri()),
+        base_model((folder / "reference").as_uri(), role="reference"),
+    ]
+    context = stage_context(folder, stage_run(folder, type_, parameters=parameters, inputs=inputs))
+    encoded = [Encoded(f"row-{number}", f"{number}", ids, []) for number, ids in enumerate(prompts)]
+    ends = make_tokenizer().eos_token_id
+    held: list[Any] = []
+
+    class Given:
+        """In place of sampler and rewards."""
+
+        def sample(self, asked: Any, **_: Any) -> list[list[Sampled]]:
+            self.order = [int(prompt.row_id.removeprefix("row-")) for prompt in asked]
+            return [[Sampled(ids, ids[-1] == ends) for ids in groups[number]] for number in self.order]
+
+        def score(self, _candidates: Any, **_: Any) -> Scored:
+            return Scored(torch.tensor([score for number in self.order for score in scores[number]]), {}, None)
+
+    given = Given()
+    originals = {
+        name: getattr(stage, name) for name in ("load_prompts", "open_run", "open_critic") if hasattr(stage, name)
+    }
+
+    def load_prompts(_context: Any, own: Any, _parameters: Any) -> Prompts:
+        rows = {row.row_id: Row(row.row_id, row.group, (Message("user", ""),), ()) for row in encoded}
+        return Prompts(EncodedRows(encoded), [], rows, own.tokenizer)
+
+    def open_critic(*arguments: Any) -> ValueScorer:
+        made: ValueScorer = originals["open_critic"](*arguments)
+        made.model.base_model.load_state_dict(critic.base_model.state_dict())
+        made.heads.weight.data = critic.score.weight.detach().clone()
+        return made
+
+    def open_run(*arguments: Any) -> Any:
+        run = originals["open_run"](*arguments)
+        run.engine = run.rewards = given
+
+        def learn(*objectives: Any) -> Any:
+            held.extend(objectives)
+            raise _Captured
+
+        run.learn = learn
+        return run
+
+    replacements = {"load_prompts": load_prompts, "open_run": open_run, "open_critic": open_critic}
+    try:
+        for name in originals:
+            setattr(stage, name, replacements[name])
+        with pytest.raises(_Captured):
+            stage.run(context)
+    finally:
+        for name, function in originals.items():
+            setattr(stage, name, function)
+    experience, objective, *values = held
+    return given.order, experience, objective, values[0] if values else None

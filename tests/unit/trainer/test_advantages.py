@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,7 +16,6 @@ from plumbline_trainer.losses.advantages import (
     token_rewards,
     whiten,
 )
-from plumbline_trainer.losses.moments import RunningMoments
 
 REWARDS = torch.tensor([1.0, 2.0, 3.0])
 VALUES = torch.tensor([0.5, 1.0, 1.5])
@@ -199,57 +195,3 @@ def test_a_deviation_belongs_to_the_scale_batch() -> None:
         group_advantages(torch.ones(2), scale="batch")
     with pytest.raises(ValueError, match="batch"):
         group_advantages(torch.ones(2), scale="group", std=1.0)
-
-
-def test_running_moments_by_hand() -> None:
-    """1, 2, 3, 4: mean 2.5, squared deviations 5."""
-    moments = RunningMoments()
-    assert moments.std == 0.0
-    moments.update(torch.tensor([1.0]))
-    assert (moments.mean, moments.std) == (1.0, 0.0)
-    moments.update(torch.tensor([2.0, 3.0, 4.0]))
-    assert (moments.count, moments.mean, moments.squares) == (4, 2.5, 5.0)
-    assert moments.std == pytest.approx((5 / 3) ** 0.5)
-    found = moments.normalise(torch.tensor([2.5, 5.0]))
-    assert found.dtype == torch.float32
-    assert found.tolist() == pytest.approx([0.0, 2.5 / (5 / 3) ** 0.5])
-    moments.update([])
-    assert moments.count == 4
-
-
-def test_rewards_that_never_vary_are_normalised_to_zero() -> None:
-    moments = RunningMoments()
-    moments.update(torch.full((8,), 0.3))
-    assert moments.normalise(torch.full((8,), 0.3)).abs().max() <= 1e-6
-
-
-@given(st.lists(floats(), min_size=1, max_size=6), st.integers(0, 5))
-def test_however_the_stream_is_cut_and_merged_its_moments_are_the_same(batches: list[list[float]], cut: int) -> None:
-    whole = np.array([value for batch in batches for value in batch], dtype=np.float64)
-    first, second = RunningMoments(), RunningMoments()
-    for number, batch in enumerate(batches):
-        (first if number < cut else second).update(torch.tensor(batch))
-    first.merge(second)
-    assert first.count == len(whole)
-    assert first.mean == pytest.approx(whole.mean(), abs=1e-9)
-    assert first.std == pytest.approx(whole.std(ddof=1), abs=1e-6)
-
-
-def test_moments_far_from_zero_keep_their_deviation() -> None:
-    """1e8 ± 1: the difference of mean square and squared mean would be noise."""
-    moments = RunningMoments()
-    for _ in range(50):
-        moments.update([1e8 - 1, 1e8 + 1])
-    assert moments.std == pytest.approx((100 / 99) ** 0.5, rel=1e-9)
-
-
-def test_trap_27_running_moments_go_on_from_their_state() -> None:
-    whole, first = RunningMoments(), RunningMoments()
-    batches = [torch.tensor([0.1, 0.7]), torch.tensor([1.3]), torch.tensor([-4.0, 2.0, 0.3])]
-    for batch in batches:
-        whole.update(batch)
-    for batch in batches[:2]:
-        first.update(batch)
-    second = RunningMoments.restored(json.loads(json.dumps(first.state())))
-    second.update(batches[2])
-    assert second == whole
