@@ -19,6 +19,8 @@ PROFILES: dict[str, list[list[int]]] = json.loads((Path(__file__).parent / "prof
 committed; changing them needs an ADR."""
 METHODS = ("sft", "dpo", "kto", "kto-pairs")
 """`kto` on unpaired rows, `kto-pairs` on preference rows: both are the stage `kto`."""
+ONLINE_METHODS = ("ppo", "grpo")
+"""They take the prompts of a profile and sample the answers."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def make_rows(method: str, profile: str, count: int, vocabulary: int) -> list[En
             "dpo": [good, bad],
             "kto": [[liked, disliked][number % 2]],
             "kto-pairs": [liked, disliked],
+            "ppo": [],
+            "grpo": [],
         }[method]
         rows.append(Encoded(f"{profile}/{number}", f"{number}", first, responses))
     return rows

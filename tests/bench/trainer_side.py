@@ -7,17 +7,17 @@ before it to its own end, without the first ones.
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench.measured import Clock, Measured, Task
 from bench.trainer_rows import make_rows, our_operations, shape_of, their_operations
 from plumbline_api.methods import Dpo, Kto
 from plumbline_api.training import Lora, Training
@@ -29,82 +29,6 @@ from plumbline_trainer.models.selection import module_names
 CPU = torch.device("cpu")
 LORA = Lora(rank=16, alpha=32)
 SEED = 1
-
-
-@dataclass(frozen=True)
-class Task:
-    """What to measure."""
-
-    side: str
-    """`ours`, `trl` (its best settings) or `trl-default`."""
-    method: str
-    profile: str
-    model: str
-    """Folder in Hugging Face layout."""
-    rows: int
-    global_batch: int
-    tokens_per_batch: int
-    batch: int
-    """Rows of trl's device batch."""
-    precision: str
-    threads: int
-    left_out: int
-    """First steps that are not counted."""
-
-    @property
-    def stage(self) -> str:
-        """Stage type."""
-        return self.method.partition("-")[0]
-
-    @property
-    def answers_per_step(self) -> int:
-        """What trl counts in an optimizer step: pairs for DPO, answers for KTO."""
-        return self.global_batch * (2 if self.method == "kto-pairs" else 1)
-
-
-@dataclass
-class Measured:
-    """What one run took."""
-
-    rows_per_second: float
-    tokens_per_second: float
-    """Tokens of the rows, each prompt once: the same count on both sides."""
-    reference_seconds: float
-    step_seconds: list[float]
-    peak_bytes: int
-    base_bytes: int
-    """Resident after imports and weights."""
-    operations: float
-    """Of the whole run, reference pass included."""
-    losses: list[float]
-
-
-class Clock:
-    """Ends of steps, and memory from the moment the model is loaded."""
-
-    def __init__(self) -> None:
-        gc.collect()
-        self.base = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        self.reference = 0.0
-        self.marks: list[float] = []
-
-    def mark(self) -> None:
-        self.marks.append(time.perf_counter())
-
-    def result(self, task: Task, rows: list[Encoded], operations: float, losses: list[float]) -> Measured:
-        steps = [end - start for start, end in zip(self.marks, self.marks[1:], strict=False)]
-        counted = rows[task.left_out * task.global_batch :]
-        seconds = self.reference / len(rows) + sum(steps[task.left_out :]) / len(counted)
-        tokens = sum(row_tokens(row) for row in rows) / len(rows)
-        return Measured(
-            1 / seconds, tokens / seconds, self.reference, steps, _status("VmHWM"), self.base, operations, losses
-        )
-
-
-def _status(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
 
 
 def training_of(task: Task) -> Training:
@@ -124,6 +48,11 @@ def in_order(task: Task, vocabulary: int) -> tuple[list[Encoded], Any]:
     if task.rows % task.global_batch:
         raise SystemExit(f"{task.rows} rows are no whole number of steps of {task.global_batch}")
     return [rows[index] for step in range(plan.steps) for index in plan.rows(step)], plan
+
+
+def result(clock: Clock, task: Task, rows: list[Encoded], operations: float, losses: list[float]) -> Measured:
+    """What the run took, with tokens counted once per prompt."""
+    return clock.result(task, sum(row_tokens(row) for row in rows), operations, losses)
 
 
 def measure_ours(task: Task) -> Measured:
@@ -180,7 +109,7 @@ def measure_ours(task: Task) -> Measured:
             raise RuntimeError("the fast path was not taken; nothing to publish")
         adapter = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
         operations = our_operations(shape_of(policy.model, adapter), steps, task.method, training.max_length)
-        return clock.result(task, ordered, operations, losses)
+        return result(clock, task, ordered, operations, losses)
 
 
 def measure_trl(task: Task) -> Measured:
@@ -267,7 +196,7 @@ def measure_trl(task: Task) -> Measured:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         operations = their_operations(shape_of(shape_model, count), ordered, task.method, task.batch)
-        return clock.result(task, ordered, operations, losses)
+        return result(clock, task, ordered, operations, losses)
 
 
 def _peer_rows(task: Task, rows: list[Encoded]) -> list[dict[str, Any]]:

@@ -61,7 +61,6 @@ def test_every_figure_has_a_name_that_people_can_look_up():
     measured = {
         **Course().observe(figures.rollout_figures(rollout())),
         **figures.critic_figures(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 2.0])),
-        **figures.ratio_at_start(torch.zeros(2), torch.zeros(2)),
         **figures.time_shares(generating=1, scoring=1, training=1),
         **held_out,
     }
@@ -109,11 +108,6 @@ def test_explained_variance_by_hand():
     found = figures.critic_figures(torch.tensor([2.0, 1.0, 4.0, 3.0]), returns)
     assert found["valueExplainedVariance"] == pytest.approx(1 - 1 / 1.25)
     assert figures.critic_figures(torch.zeros(3), torch.ones(3)) == {}
-
-
-def test_ratio_at_start_by_hand():
-    new, old = torch.tensor([0.0, math.log(1.5), math.log(0.75)]), torch.zeros(3)
-    assert figures.ratio_at_start(new, old)["ratioAtStart"] == pytest.approx((0 + 0.5 + 0.25) / 3)
 
 
 def test_time_shares_add_up():

@@ -102,6 +102,15 @@ class Scorer(nn.Module):
             torch.cat([(other.exp() * (other - logs)).sum(dim=1) for (logs, _), other in pairs]),
         )
 
+    @contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """While this is open, logits are divided by another temperature."""
+        before, self.temperature = self.temperature, temperature
+        try:
+            yield
+        finally:
+            self.temperature = before
+
     def with_entropy(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """The scores, and the entropy over the vocabulary at every scored token, [N] float32 each."""
         with self._autocast():
