@@ -12,7 +12,7 @@ import torch
 from plumbline_api.online import Reward
 from plumbline_trainer.data.rows import Message
 from plumbline_trainer.engine.distributed import Ranks
-from plumbline_trainer.errors import InputError
+from plumbline_trainer.errors import InputError, TransientError
 from plumbline_trainer.rewards.combining import RewardSet, RunningMoments
 from plumbline_trainer.rewards.interface import Candidate
 from torch import Tensor
@@ -147,3 +147,19 @@ def test_no_answers_are_no_scores() -> None:
     assert found.total.shape == (0,)
     assert found.components["a"].shape == (0,)
     assert rewards.state()["a"]["count"] == 0
+
+
+def test_where_a_component_fails_the_moments_stay() -> None:
+    class Fails(Fixed):
+        def score(self, candidates: Sequence[Candidate], ranks: Ranks) -> Tensor:
+            if self.asked == 1:
+                self.asked += 1
+                raise TransientError("not now")
+            return super().score(candidates, ranks)
+
+    rewards = RewardSet([reward("a", normalize=True), reward("b")], [Fixed([1.0, 3.0]), Fails([0.0, 0.0])])
+    rewards.score(candidates(2))
+    before = rewards.state()
+    with pytest.raises(TransientError):
+        rewards.score(candidates(2))
+    assert rewards.state() == before

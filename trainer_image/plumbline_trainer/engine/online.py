@@ -31,9 +31,10 @@ from plumbline_trainer.engine.schedule import epoch_order, plan_steps, random_ke
 from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.engine.updates import look_at, update
 from plumbline_trainer.engine.values import ValueScorer
-from plumbline_trainer.errors import Interrupted
+from plumbline_trainer.errors import Interrupted, TransientError
 from plumbline_trainer.losses.advantages import clip_rewards, penalise_unfinished
-from plumbline_trainer.rewards.combining import RewardSet
+from plumbline_trainer.rewards.combining import RewardSet, Scored
+from plumbline_trainer.rewards.interface import Candidate
 from plumbline_trainer.rollout.interface import RolloutEngine
 from plumbline_trainer.storage.checkpoints import (
     Checkpoint,
@@ -170,13 +171,28 @@ class OnlineRun:
             return
         self._leave()
 
+    def _score(self, candidates: Sequence[Candidate], *, held_out: bool = False) -> Scored:
+        """What the rewards say.
+
+        Raises:
+            TransientError: where an endpoint does not answer, after everything done so far is committed.
+        """
+        try:
+            return self.rewards.score(candidates, ranks=self.ranks, held_out=held_out)
+        except TransientError:
+            self._commit()
+            raise
+
     def _leave(self) -> None:
+        self._commit()
+        raise Interrupted(self.state.step)
+
+    def _commit(self) -> None:
         here = (self.state.step, self.state.updates, self._experience is not None)
         if here != self._committed and here > (0, 0, False):
             self._save()
         wait_for_uploads(self.context)
         self.ranks.wait()
-        raise Interrupted(self.state.step)
 
     # An iteration
 
@@ -197,7 +213,7 @@ class OnlineRun:
         found = Experience(prompts, samples, self.training.tokens_per_batch)
         with self._timed("scoring"):
             self._tell("scoring answers")
-            scored = self.rewards.score(self.prompts.candidates(prompts, samples), ranks=self.ranks)
+            scored = self._score(self.prompts.candidates(prompts, samples))
             found.scores, found.components, shaped = scored.total, scored.components, scored.total
             if parameters.score_clip is not None:
                 shaped = clip_rewards(shaped, bound=parameters.score_clip)
@@ -339,7 +355,7 @@ class OnlineRun:
             at_step=self._at_sampling,
         )
         self.leave_if_stopped()
-        scored = self.rewards.score(self.prompts.candidates(rows, samples), ranks=self.ranks, held_out=True)
+        scored = self._score(self.prompts.candidates(rows, samples), held_out=True)
         return held_out_figures(
             total=scored.total,
             gold=scored.gold,

@@ -85,7 +85,7 @@ class RewardSet:
         return [reward.figure for reward, _ in self._parts if reward.gold]
 
     def score(self, candidates: Sequence[Candidate], *, held_out: bool = False, ranks: Ranks | None = None) -> Scored:
-        """Score answers: of the whole global batch, on every rank alike.
+        """Score answers: of the whole global batch, on every rank alike. Where that fails nothing has changed.
 
         Args:
             candidates: n answers.
@@ -98,16 +98,18 @@ class RewardSet:
             TransientError: where trying again may help.
         """
         ranks = ranks or Ranks()
-        total = torch.zeros(len(candidates), dtype=torch.float64)
-        gold = torch.zeros(len(candidates), dtype=torch.float64)
         values: dict[str, Tensor] = {}
         for number, (reward, component) in enumerate(self._parts):
-            if reward.gold and not held_out:
+            if held_out or not reward.gold:
+                raw = component.score(candidates, ranks) if candidates else torch.zeros(0)
+                _refuse_no_number(raw, reward, number, candidates)
+                values[reward.figure] = raw
+        total = torch.zeros(len(candidates), dtype=torch.float64)
+        gold = torch.zeros(len(candidates), dtype=torch.float64)
+        for reward, _ in self._parts:
+            if reward.figure not in values:
                 continue
-            raw = component.score(candidates, ranks) if candidates else torch.zeros(0)
-            _refuse_no_number(raw, reward, number, candidates)
-            values[reward.figure] = raw
-            weighted = reward.weight * self._shaped(reward, raw, held_out=held_out)
+            weighted = reward.weight * self._shaped(reward, values[reward.figure], held_out=held_out)
             if reward.gold:
                 gold += weighted
             else:

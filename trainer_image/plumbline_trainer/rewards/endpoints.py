@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import requests
-import torch
 from plumbline_api.quantities import parse_duration
 from plumbline_api.runtime import RewardEndpoint
 from plumbline_api.stagerun import endpoint_token_env
@@ -22,6 +21,7 @@ from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.errors import InputError, TransientError
 from plumbline_trainer.rewards.functions import columns_of, numbers
 from plumbline_trainer.rewards.interface import Candidate
+from plumbline_trainer.rewards.mainrank import on_main_rank
 
 AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Statuses after which trying again may help."""
@@ -41,7 +41,7 @@ class EndpointReward:
         endpoint: RewardEndpoint,
         *,
         environment: Mapping[str, str] | None = None,
-        backoff_seconds: float = BACKOFF_SECONDS,
+        backoff_seconds: float | None = None,
     ) -> None:
         """Look for the token; nothing is asked yet.
 
@@ -61,7 +61,7 @@ class EndpointReward:
         self._session.auth = _Bearer(token)
         retry = Retry(
             total=RETRIES,
-            backoff_factor=backoff_seconds,
+            backoff_factor=BACKOFF_SECONDS if backoff_seconds is None else backoff_seconds,
             status_forcelist=AGAIN,
             allowed_methods=None,
             redirect=0,
@@ -72,18 +72,13 @@ class EndpointReward:
 
     def score(self, candidates: Sequence[Candidate], ranks: Ranks) -> Tensor:
         """[candidates] float32."""
-        found = torch.zeros(len(candidates), device=ranks.device)
-        if ranks.is_main:
-            scores: list[float] = []
-            for start in range(0, len(candidates), self._endpoint.batch_size):
-                scores += self._ask(candidates[start : start + self._endpoint.batch_size])
-            found.copy_(torch.tensor(scores))
-        ranks.share([found])
-        return found.cpu()
+        size = self._endpoint.batch_size
+        batches = [candidates[start : start + size] for start in range(0, len(candidates), size)]
+        return on_main_rank(ranks, len(candidates), lambda: [score for batch in batches for score in self._ask(batch)])
 
     def _ask(self, candidates: Sequence[Candidate]) -> list[float]:
         prompts, answers, references = columns_of(candidates)
-        body = {"prompts": prompts, "answers": answers, "references": references}
+        body: Any = {"prompts": prompts, "answers": answers, "references": references}
         deadline = time.monotonic() + self._timeout * (RETRIES + 1)
         try:
             response = self._session.post(

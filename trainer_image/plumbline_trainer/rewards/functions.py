@@ -14,6 +14,7 @@ from plumbline_api.fingerprint import digest_of
 
 from plumbline_trainer.errors import InputError, TransientError
 from plumbline_trainer.rewards.interface import Candidate
+from plumbline_trainer.rewards.mainrank import on_main_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,13 +33,7 @@ class FunctionReward:
 
     def score(self, candidates: Sequence[Candidate], ranks: Ranks) -> Tensor:
         """[candidates] float32."""
-        import torch
-
-        found = torch.zeros(len(candidates), device=ranks.device)
-        if ranks.is_main:
-            found.copy_(torch.tensor(self._call(candidates)))
-        ranks.share([found])
-        return found.cpu()
+        return on_main_rank(ranks, len(candidates), lambda: self._call(candidates))
 
     def _call(self, candidates: Sequence[Candidate]) -> list[float]:
         prompts, answers, references = columns_of(candidates)

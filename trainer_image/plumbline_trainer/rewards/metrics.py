@@ -42,7 +42,7 @@ class MetricReward:
 def make_metric(name: str) -> Metric:
     """A metric by its name: `bleu` (sacrebleu, with effective order, because answers are short) or a ROUGE."""
     if name == "bleu":
-        from sacrebleu.metrics import BLEU
+        from sacrebleu.metrics.bleu import BLEU
 
         bleu = BLEU(effective_order=True)
         return lambda answer, reference: float(bleu.sentence_score(answer, [reference]).score) / 100.0
