@@ -73,7 +73,21 @@ FIGURES: dict[str, str] = {
     **GOLD_FIGURES,
     **SYCOPHANCY_FIGURES,
 }
-"""Every figure but those of single rewards, the ones that people look at first in front."""
+"""Every figure but those of single rewards."""
+HEADLINES = (
+    "reward",
+    "rewardStart",
+    "kl",
+    "length.growth",
+    "evalReward",
+    "goldReward",
+    "sycophancy",
+    "sycophancy.lower",
+    "sycophancy.upper",
+    "entropy",
+    "repetition",
+)
+"""Figures that people look at first, and that gates ask for."""
 RARE_FIGURES = frozenset({**HELD_OUT_FIGURES, **GOLD_FIGURES, **SYCOPHANCY_FIGURES})
 """Figures of evaluations; all others are measured at every step."""
 REWARD_PREFIX = "reward."
@@ -110,7 +124,7 @@ def needs_held_out(figure: str) -> bool:
 
 def by_importance(figures: Mapping[str, float]) -> dict[str, float]:
     """The same figures, those that people look at first in front: not all of them travel."""
-    ranks = {name: number for number, name in enumerate(FIGURES)}
+    ranks = {name: number for number, name in enumerate(dict.fromkeys((*HEADLINES, *FIGURES)))}
     return dict(sorted(figures.items(), key=lambda item: ranks.get(item[0], len(ranks))))
 
 

@@ -114,3 +114,15 @@ def test_pairs_share_their_prompt() -> None:
     rng = random.Random(3)
     row = make_pair(rng, 100, 5, 7)
     assert packed_length(row) == 100 + 4 + 6
+
+
+def test_heads_can_be_read_before_an_answer() -> None:
+    """−1 is the last token of the prompt, whichever answer asks: a critic values the state before every token."""
+    answers = [
+        EncodedResponse([5, 6], [True, True], "completion", reads=(-1, 0)),
+        EncodedResponse([7, 8, 9], [True] * 3, "completion", reads=(-1, 0, 1)),
+    ]
+    batch = pack([Encoded("a", "a", [1, 2, 3], answers), Encoded("b", "b", [4], answers[:1])])
+    assert batch.input_ids.tolist() == [[1, 2, 3, 5, 7, 8, 4, 5]]
+    assert batch.reads.tolist() == [2, 3, 2, 4, 5, 6, 7]
+    assert batch.sources.tolist() == batch.reads.tolist()

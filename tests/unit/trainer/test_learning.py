@@ -20,7 +20,7 @@ from support.trainer import manifest_of, output_folder, output_of, run_in_proces
 METHODS: dict[str, dict[str, Any]] = {
     "ppo": {"answers": 4, "updateEpochs": 2, "miniBatches": 2, "kl": {"coefficient": 0.001}},
     "grpo": {"answers": 8},
-    "rloo": {"answers": 8, "kl": {"coefficient": 0.001}, "entropyCoefficient": 0.02},
+    "rloo": {"answers": 8, "miniBatches": 2, "kl": {"coefficient": 0.001}},
 }
 STEPS = {"ppo": 30, "grpo": 45, "rloo": 60}
 

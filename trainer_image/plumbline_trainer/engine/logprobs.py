@@ -73,6 +73,12 @@ def token_log_probabilities(hidden: Tensor, targets: Tensor, head: Head, smoothi
     return result
 
 
+def log_probabilities(logits: Tensor) -> Tensor:
+    """log softmax over the last dimension, [n, V] float32, by sums taken pairwise (see `_normalise`)."""
+    shifted = logits - logits.detach().amax(dim=-1, keepdim=True)
+    return shifted - shifted.exp().sum(dim=-1, keepdim=True).log()
+
+
 def token_entropies(hidden: Tensor, head: Head) -> Tensor:
     """H(π) = −Σ_v p_v·log p_v over the whole vocabulary at each position; ∂H/∂z_v = −p_v·(log p_v + H).
 

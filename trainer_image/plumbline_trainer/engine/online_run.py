@@ -81,7 +81,14 @@ def open_run(
         precision=parameters.training.precision,
         tokens_per_batch=parameters.training.tokens_per_batch,
     )
-    engine = open_engine(context, policy, parameters.rollout, ranks=ranks, precision=parameters.training.precision)
+    engine = open_engine(
+        context,
+        policy,
+        parameters.rollout,
+        lora=parameters.lora,
+        ranks=ranks,
+        precision=parameters.training.precision,
+    )
     probe = None
     if parameters.sycophancy is not None:
         longest = parameters.training.max_length

@@ -100,7 +100,10 @@ def _load_reference(run: TrainingRun, policy: Policy, role: str, rows: Sequence[
         )
     scorer = Scorer(reference.model, precision=run.scorer.precision)
     scorer.eval()
-    scorer.path = choose_path(scorer, rows, {}, tokens=training.tokens_per_batch, ranks=run.ranks).path
+    choice = choose_path(scorer, rows, {}, tokens=training.tokens_per_batch, ranks=run.ranks)
+    scorer.path = choice.path
+    level = context.log.info if choice.path == "fast" else context.log.warning
+    level("reference: %s path: %s", choice.path, choice.reason)
     return reference, scorer
 
 

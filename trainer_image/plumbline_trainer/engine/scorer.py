@@ -19,7 +19,14 @@ from plumbline_trainer.engine.attention import (
     plain_implementation,
     register,
 )
-from plumbline_trainer.engine.logprobs import Head, head_of, token_divergences, token_entropies, token_log_probabilities
+from plumbline_trainer.engine.logprobs import (
+    Head,
+    head_of,
+    log_probabilities,
+    token_divergences,
+    token_entropies,
+    token_log_probabilities,
+)
 from plumbline_trainer.engine.lowrank import in_one_piece, use_one_piece, use_separate_pieces
 from plumbline_trainer.engine.optimizer import named_trainables
 from plumbline_trainer.engine.packing import PackedBatch
@@ -167,7 +174,7 @@ class Scorer(nn.Module):
                 logits = model(input_ids=ids, use_cache=False).logits[0]
             own = [offset + len(prompt) for offset in answer.offsets]
             places = torch.tensor([*own, *context], device=ids.device)
-            logs, targets = torch.log_softmax(logits[places - 1].float() / self.temperature, dim=-1), ids[0, places]
+            logs, targets = log_probabilities(logits[places - 1].float() / self.temperature), ids[0, places]
             if own:
                 yield logs[: len(own)], targets[: len(own)]
             if context:

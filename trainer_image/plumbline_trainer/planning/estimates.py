@@ -7,13 +7,15 @@ the answers share it. What a frozen reference reads, once for all epochs, does n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from plumbline_api.evaluation import Evaluate
-from plumbline_api.methods import TRAINING_STAGES
-from plumbline_api.record import StageRecord
+from plumbline_api.methods import TRAINING_STAGES, Kl
+from plumbline_api.online import OnlineStage, Ppo
+from plumbline_api.record import StageRecord, own_parameters
 from plumbline_api.training import TunedStage
 
 from plumbline_trainer.engine.schedule import plan_steps
@@ -21,6 +23,7 @@ from plumbline_trainer.models.selection import ModuleNames, trained_parts
 from plumbline_trainer.planning.datasets import SplitFindings
 from plumbline_trainer.planning.facts import ModelFacts
 from plumbline_trainer.planning.memory import RUNTIME_BYTES, Weights, activations_per_block, fits, training_memory
+from plumbline_trainer.planning.sampling import beside_policy, tokens_per_prompt
 
 ONE_ANSWER = frozenset({"pretrain", "sft"})
 EVERY_ANSWER = frozenset({"rewardModel", "rrhf"})
@@ -62,8 +65,11 @@ def estimate(
     if stage.type not in TRAINING_STAGES:
         return Estimate(memory=_inference_memory(stage, facts))
     model = TRAINING_STAGES[stage.type]
-    parameters = model.model_validate({key: value for key, value in stage.parameters.items() if key != "seed"})
+    parameters = model.model_validate(own_parameters(stage.parameters))
     training = parameters.training
+    if isinstance(parameters, OnlineStage):
+        memory = partial(_training_memory, parameters, facts, names=names, limit=limit)
+        return _online(stage, parameters, facts, rows, tokens_per_second, memory)
     steps = tokens = gpu_hours = None
     if rows is not None and rows.rows:
         shares = [item.share for item in getattr(parameters, "rehearsal", None) or ()]
@@ -99,6 +105,40 @@ def estimate(
         longest = max(row, min(longest, row * training.global_batch))
     memory = _training_memory(parameters, facts, longest, names, limit)
     return Estimate(steps, tokens, memory, gpu_hours)
+
+
+def _online(
+    stage: StageRecord,
+    parameters: OnlineStage,
+    facts: ModelFacts,
+    rows: SplitFindings | None,
+    tokens_per_second: float | None,
+    memory: Callable[[int], int],
+) -> Estimate:
+    """Of a stage that samples; its rows are prompts."""
+    training = parameters.training
+    steps = tokens = gpu_hours = None
+    if rows is not None and rows.prompts:
+        plan = plan_steps(
+            [str(number) for number in range(rows.rows)],
+            seed=0,
+            global_batch=training.global_batch,
+            epochs=training.epochs,
+            max_steps=training.max_steps,
+        )
+        steps = plan.steps
+        prompt = sum(rows.prompts) / len(rows.prompts)
+        tokens = round(steps * training.global_batch * tokens_per_prompt(parameters, prompt))
+        if tokens_per_second is not None and stage.resources.gpus_per_node:
+            gpu_hours = round(tokens / (tokens_per_second * 1e9 / facts.parameters) / 3600, 4)
+    longest = max(rows.prompts[-1] if rows is not None and rows.prompts else 0, 1) + parameters.rollout.max_new_tokens
+    total = memory(max(longest, training.tokens_per_batch)) + beside_policy(parameters, facts)
+    if isinstance(parameters, Ppo):
+        adapter = (
+            0 if parameters.lora is None else lora_parameters(parameters.lora.rank, parameters.lora.targets, facts)
+        )
+        total += 16 * (adapter or facts.parameters)
+    return Estimate(steps, tokens, total, gpu_hours)
 
 
 def _names(rows: SplitFindings, max_length: int) -> list[str]:
@@ -174,7 +214,7 @@ def _weights(parameters: TunedStage, facts: ModelFacts, names: ModuleNames | Non
     if ewc is not None:
         held += copies + 4 * facts.parameters
     kl = getattr(parameters, "kl", None)
-    if kl is not None and not kl.is_start:
+    if isinstance(kl, Kl) and not kl.is_start:
         held += facts.parameters * (2 if training.precision == "bfloat16" else 4)
     return Weights(frozen=frozen, trained=trained, blocks=blocks, held=held)
 
@@ -199,4 +239,4 @@ def _inference_memory(stage: StageRecord, facts: ModelFacts) -> int:
 
 
 def _evaluate(parameters: dict[str, Any]) -> Evaluate:
-    return Evaluate.model_validate({key: value for key, value in parameters.items() if key != "seed"})
+    return Evaluate.model_validate(own_parameters(parameters))

@@ -59,7 +59,7 @@ def model_facts(context: StageContext, item: ExternalInput, digest: str) -> Mode
             return ModelFacts(**known)
         except TypeError:
             pass
-    with _reading(item):
+    with reading(item):
         facts = _read(context, item, digest)
     context.store.put_bytes(place, json.dumps(asdict(facts), indent=1).encode())
     return facts
@@ -77,7 +77,7 @@ def _load_tokenizer(path: Path) -> Tokenizer:
     return load_tokenizer(path)
 
 
-def _reading(item: ExternalInput) -> AbstractContextManager[None]:
+def reading(item: ExternalInput) -> AbstractContextManager[None]:
     """While a GGUF file is read, it is parsed once for everything that is wanted of it."""
     if not item.uri.startswith("bundled://") and not item.uri.endswith(".gguf"):
         return nullcontext()

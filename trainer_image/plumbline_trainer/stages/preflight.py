@@ -10,7 +10,7 @@ from typing import Any
 
 from plumbline_api.methods import Kto
 from plumbline_api.quantities import parse_quantity
-from plumbline_api.record import RunRecord, StageRecord, fingerprints
+from plumbline_api.record import RunRecord, StageRecord, fingerprints, own_parameters
 from plumbline_api.stagerun import PreflightFindings
 from plumbline_api.stages import STAGE_TYPES
 from pydantic.alias_generators import to_camel
@@ -20,7 +20,7 @@ from plumbline_trainer.data.loading import load_dataset
 from plumbline_trainer.errors import InputError, Interrupted
 from plumbline_trainer.planning.datasets import DatasetFindings, Leak, as_input, find_leaks, survey
 from plumbline_trainer.planning.estimates import Estimate, estimate
-from plumbline_trainer.planning.facts import ModelFacts, local_tokenizer, model_facts
+from plumbline_trainer.planning.facts import ModelFacts, local_tokenizer, model_facts, reading
 from plumbline_trainer.planning.hits import Hit, find_hits
 from plumbline_trainer.planning.lengths import length_note
 from plumbline_trainer.planning.memory import shown_bytes
@@ -148,7 +148,7 @@ def read_models(
         if item.kind != "policy" or one is None:
             continue
         _step(context, len(pins) + number, 2 * len(pins), f"reading {item.name}")
-        with problems.collecting():
+        with problems.collecting(), reading(item):
             found.models[item.name] = model_facts(context, item, one.digest)
             if item.name == "model":
                 check_selections(context, record, item, one.digest, problems)
@@ -192,7 +192,7 @@ def estimate_stages(context: StageContext, record: RunRecord, found: Findings) -
         read = [
             found.datasets[item.name.removeprefix("dataset/")].splits["train"]
             for role, item in dataset_inputs(record, stage)
-            if role == "dataset" or role.startswith("rehearsal.")
+            if role in ("dataset", "prompts") or role.startswith("rehearsal.")
         ]
         rows = read[0] if read else None
         partly = not stage.parameters.keys().isdisjoint(("lora", "freeze"))
@@ -233,7 +233,7 @@ def notes(record: RunRecord, found: Findings) -> list[str]:
                 f"{stage.name} is estimated to need {shown_bytes(need)} per accelerator, which has {shown_bytes(has)}"
             )
         for _, source in dataset_inputs(record, stage) if stage.type == "kto" else ():
-            parameters = Kto.model_validate({key: value for key, value in stage.parameters.items() if key != "seed"})
+            parameters = Kto.model_validate(own_parameters(stage.parameters))
             labels = found.datasets[source.name.removeprefix("dataset/")].splits["train"].labels
             if (advice := labels.advice(parameters)) is not None:
                 said.append(f"{stage.name}: {advice}")
