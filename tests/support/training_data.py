@@ -38,7 +38,10 @@ def phrase(rng: random.Random, low: int, high: int) -> str:
 
 
 def rows_of(kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows of uneven length: `text`, `promptCompletion`, `unpaired`, `preference` or `ranked`."""
+    """Rows of uneven length: `text`, `promptCompletion`, `unpaired`, `preference`, `ranked`, `scored` or `rankedScores`.
+
+    Every third prompt of scored rows stands in two of them.
+    """
     rng = random.Random(seed)
     if kind == "text":
         return [{"text": phrase(rng, 3, 40)} for _ in range(count)]
@@ -47,6 +50,24 @@ def rows_of(kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
     if kind == "ranked":
         return [
             {"prompt": f"{n}: {phrase(rng, 2, 15)}", "completions": [phrase(rng, 1, 9) for _ in range(2 + n % 3)]}
+            for n in range(count)
+        ]
+    if kind == "rankedScores":
+        return [
+            {
+                "prompt": f"{n}: {phrase(rng, 2, 15)}",
+                "completions": [{"text": phrase(rng, 1, 9), "score": rng.gauss(0, 1)} for _ in range(2 + n % 3)],
+            }
+            for n in range(count)
+        ]
+    if kind == "scored":
+        prompts = [f"{n}: {phrase(rng, 2, 15)}" for n in range(count)]
+        return [
+            {
+                "prompt": prompts[n - 1 if n % 3 == 2 else n],
+                "completion": phrase(rng, 1, 20),
+                "score": round(rng.gauss(0, 1), 3),
+            }
             for n in range(count)
         ]
     if kind == "unpaired":
@@ -60,8 +81,10 @@ def rows_of(kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-FORMATS = {"pretrain": "text", "sft": "promptCompletion", "kto": "unpaired"}
-"""Format of the rows of a stage type; preference rows where none is named."""
+FORMATS = {"pretrain": "text", "sft": "promptCompletion", "kto": "unpaired", "awr": "scored"}
+"""Kind of the rows of a stage type; preference rows where none is named."""
+FORMAT_OF = {"rankedScores": "ranked"}
+"""Dataset format of a kind of rows whose name it does not have."""
 
 
 def training_run(
@@ -97,7 +120,7 @@ def training_run(
         fields["lora"] = lora
     parameters = parameters_of(TRAINING_STAGES[type_].model_validate(fields), seed=seed)
     split = {"evaluation": evaluation, "test": test}
-    inputs = [base_model(f"file://{model}"), external("dataset", uri, format=form, split=split)]
+    inputs = [base_model(f"file://{model}"), external("dataset", uri, format=FORMAT_OF.get(form, form), split=split)]
     for number, (role, kind) in enumerate((others or {}).items()):
         other = write_jsonl(folder / f"other-{number}.jsonl", rows_of(kind, rows, seed=100 + number))
         inputs.append(external(role, other, name=f"other-{number}", format=kind, split={"evaluation": 0, "test": 0}))

@@ -48,6 +48,7 @@ STAGES: dict[str, str] = {
     "simpo": "plumbline_trainer.stages.simpo",
     "cpo": "plumbline_trainer.stages.cpo",
     "rrhf": "plumbline_trainer.stages.rrhf",
+    "awr": "plumbline_trainer.stages.awr",
     "merge": "plumbline_trainer.stages.merge",
     "evaluate": "plumbline_trainer.stages.evaluate",
 }

@@ -82,7 +82,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "two stage types": (
         {"stages": stages_with(0, sft={"dataset": "tickets"})},
         [
-            "spec.stages[0]: exactly one stage type must be set, pretrain and sft are; choose one of: pretrain, sft, rewardModel, dpo, kto, orpo, simpo, cpo, rrhf, ppo, grpo, rloo, reinforce, merge, evaluate"
+            "spec.stages[0]: exactly one stage type must be set, pretrain and sft are; choose one of: pretrain, sft, rewardModel, dpo, kto, orpo, simpo, cpo, rrhf, awr, ppo, grpo, rloo, reinforce, merge, evaluate"
         ],
     ),
     "wrong dataset format": (
@@ -144,7 +144,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
             'spec.stages[1].sft.rehearsal[0].dataset: "prefs" holds preference rows (prompt, chosen, rejected); sft '
             "needs instruction rows (context, response) or dialogues (USER: … ASSISTANT: …) or instruction rows "
             "(instruction, input, output) or chats (messages with role and content) or instruction rows (prompt, "
-            "completion) or raw text. Datasets that fit: manuals, tickets"
+            "completion) or scored rows (prompt, completion, score) or raw text. Datasets that fit: manuals, tickets"
         ],
     ),
     "ewc on a dataset that is not there": (
@@ -396,6 +396,17 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
             'spec.stages[2].rrhf.dataset: "tickets" holds instruction rows (instruction, input, output); rrhf needs preference '
             "rows (prompt, chosen, rejected) or ranked rows (prompt, completions). Datasets that fit: prefs"
         ],
+    ),
+    "awr on preference rows": (
+        {"stages": retyped(2, awr={"dataset": "prefs"})},
+        [
+            'spec.stages[2].awr.dataset: "prefs" holds preference rows (prompt, chosen, rejected); awr needs ranked rows '
+            "(prompt, completions) or scored rows (prompt, completion, score). Datasets that fit: none"
+        ],
+    ),
+    "an expectile that is the best score": (
+        {"stages": retyped(2, awr={"dataset": "prefs", "expectile": 1})},
+        ["spec.stages[2].awr.expectile: 1 is too large; it must be below 1"],
     ),
     "unknown loss": (
         {"stages": stages_with(2, dpo={"dataset": "prefs", "loss": "ipo_sum"})},

@@ -79,6 +79,7 @@ SETTINGS: dict[str, Any] = {"globalBatch": 4, "checkpointEverySteps": 4, "tokens
         ("kto", {"rank": 4}),
         ("rewardModel", {"rank": 4}),
         ("rrhf", {"rank": 4}),
+        ("awr", {"rank": 4}),
     ],
 )
 def test_a_stage_sweeps_and_leaves_a_report(tmp_path: Path, type_: str, lora: Any) -> None:

@@ -25,6 +25,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "instruction": ("instruction", "output"),
     "contextResponse": ("context", "response"),
     "unpaired": ("prompt", "completion", "label"),
+    "scored": ("prompt", "completion", "score"),
     "promptCompletion": ("prompt", "completion"),
     "dialogue": ("dialogue",),
     "text": ("text",),

@@ -16,7 +16,7 @@ from pydantic.alias_generators import to_camel
 
 from plumbline_trainer.data.encode import Method, encode_rows
 from plumbline_trainer.data.labels import LabelCounts, count_labels
-from plumbline_trainer.data.loading import load_dataset
+from plumbline_trainer.data.loading import load_dataset, unscored_row
 from plumbline_trainer.data.rows import Row
 from plumbline_trainer.data.splits import SPLITS, split_of
 from plumbline_trainer.storage import uris
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from plumbline_trainer.context import StageContext
     from plumbline_trainer.models.tokenizer import Tokenizer
 
-FINDINGS_VERSION = 3
+FINDINGS_VERSION = 4
 """Raised when the same rows would be found otherwise."""
 MEASURED_ROWS = 20_000
 """Rows whose tokens are counted at most; of more, evenly spread ones are taken."""
@@ -55,6 +55,8 @@ class SplitFindings:
     """Where the row with the longest prompt was read."""
     shapes: list[list[int]] = field(default_factory=list)
     """Tokens of the prompt, then of each answer, of the rows at 0 %, 1 %, … 100 % by their sum."""
+    unscored: str = ""
+    """Where the first row with an answer that has no score was read; empty where there is none."""
 
     @property
     def labels(self) -> LabelCounts:
@@ -204,6 +206,7 @@ def _survey(context: StageContext, item: StageInput, tokenizer: Tokenizer) -> Da
             prompts=quantiles(prompts),
             longest=longest,
             shapes=quantiles(shapes),
+            unscored=unscored_row(rows) or "",
         )
     return DatasetFindings(
         name=item.name,

@@ -28,7 +28,7 @@ from plumbline_trainer.planning.facts import ModelFacts
 
 RUNTIME_BYTES = 800 * 2**20
 ONE_ANSWER = frozenset({"pretrain", "sft"})
-EVERY_ANSWER = frozenset({"rewardModel", "rrhf"})
+EVERY_ANSWER = frozenset({"rewardModel", "rrhf", "awr"})
 """Stages that read a row's answers one and all; what is in neither set reads pairs."""
 
 

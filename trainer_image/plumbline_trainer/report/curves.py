@@ -47,6 +47,10 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("Margin of the reward", "rewardMargin", "evalRewardMargin", 0.0),
     ),
     **dict.fromkeys(("dpo", "orpo", "simpo", "cpo", "rrhf"), _PREFERENCE),
+    "awr": (
+        Panel("Weighted loss per token", "loss", "evalLoss"),
+        Panel("Loss per token, all answers alike", "sftLoss", "evalSftLoss"),
+    ),
     "kto": (
         Panel("Loss", "loss", "evalLoss"),
         Panel("Answers on their side of the reference point", "rewardAccuracy", "evalRewardAccuracy", 0.5),

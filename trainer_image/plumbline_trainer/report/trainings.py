@@ -35,6 +35,8 @@ NUMBERS = (
     ("loss", "training loss, last steps"),
     ("rewardAccuracy", "preferences met, last steps"),
     ("evalRewardAccuracy", "preferences met, held out"),
+    ("answers", "logged answers"),
+    ("effectiveAnswers", "answers that their weights amount to"),
     ("suggestedLearningRate", "suggested learning rate"),
     ("selectedStep", "step whose weights were kept"),
     ("tokensPerSecond", "tokens per second"),
