@@ -49,6 +49,10 @@ STAGES: dict[str, str] = {
     "cpo": "plumbline_trainer.stages.cpo",
     "rrhf": "plumbline_trainer.stages.rrhf",
     "awr": "plumbline_trainer.stages.awr",
+    "ppo": "plumbline_trainer.stages.ppo",
+    "grpo": "plumbline_trainer.stages.grpo",
+    "rloo": "plumbline_trainer.stages.rloo",
+    "reinforce": "plumbline_trainer.stages.reinforce",
     "merge": "plumbline_trainer.stages.merge",
     "evaluate": "plumbline_trainer.stages.evaluate",
 }

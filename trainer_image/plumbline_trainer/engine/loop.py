@@ -182,6 +182,11 @@ class TrainingRun:
         self.ranks.wait()
         raise Interrupted(self.state.step)
 
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps that are done."""
+        return self.state.step
+
     def figures(self, counts: Mapping[str, float]) -> dict[str, float]:
         """Figures at the end, the deciding ones first, because not all of them travel (`METRICS_MAX`): evaluations,
         means over the last steps, totals.

@@ -20,7 +20,7 @@ from typing import Any
 from plumbline_api.evaluation import Evaluate
 from plumbline_api.methods import TRAINING_STAGES
 from plumbline_api.record import StageRecord
-from plumbline_api.training import Training, TrainingStage
+from plumbline_api.training import Training, TunedStage
 
 from plumbline_trainer.engine.schedule import plan_steps
 from plumbline_trainer.planning.datasets import SplitFindings
@@ -139,7 +139,7 @@ def whole_parameters(modules: list[str], facts: ModelFacts) -> int:
     return large * facts.vocabulary * facts.hidden
 
 
-def _training_memory(parameters: TrainingStage, training: Training, facts: ModelFacts, tokens: int) -> int:
+def _training_memory(parameters: TunedStage, training: Training, facts: ModelFacts, tokens: int) -> int:
     width = 2 if training.precision == "bfloat16" else 4
     if parameters.lora is not None:
         lora = parameters.lora
