@@ -46,9 +46,7 @@ DatasetFormat = Literal[
 
 DATASET_FORMATS: tuple[str, ...] = DatasetFormat.__args__  # type: ignore[attr-defined]
 
-SUPERVISED_FORMATS = frozenset(
-    {"instruction", "contextResponse", "dialogue", "messages", "promptCompletion", "scored"}
-)
+SUPERVISED_FORMATS = frozenset({"instruction", "contextResponse", "dialogue", "messages", "promptCompletion", "scored"})
 """Formats with a prompt and an answer to imitate."""
 SCORED_FORMATS = frozenset({"scored", "ranked"})
 """Formats whose answers can have scores; ranked rows may do without, and are then refused where scores are needed."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from plumbline_api.base import Contract, Name
-from plumbline_api.online import ONLINE_LEARNING_RATES, ONLINE_STAGES
+from plumbline_api.online import ONLINE_LEARNING_RATES, ONLINE_STAGES, BestOfN
 from plumbline_api.training import Training, TrainingStage, TunedStage
 
 
@@ -262,7 +262,7 @@ GIVEN_ROWS: dict[str, type[TrainingStage]] = {
     "awr": Awr,
 }
 """Parameters of the stages that train on rows of a dataset, by stage type."""
-TRAINING_STAGES: dict[str, type[TunedStage]] = {**GIVEN_ROWS, **ONLINE_STAGES}
+TRAINING_STAGES: dict[str, type[TunedStage]] = {**GIVEN_ROWS, "bestOfN": BestOfN, **ONLINE_STAGES}
 """Parameters of the stages that train, by stage type."""
 
 DEFAULT_LEARNING_RATES: dict[str, tuple[float, float]] = {
@@ -276,6 +276,7 @@ DEFAULT_LEARNING_RATES: dict[str, tuple[float, float]] = {
     "cpo": (5e-6, 1e-6),
     "rrhf": (5e-6, 1e-6),
     "awr": (2e-4, 2e-5),
+    "bestOfN": (2e-4, 2e-5),
     **dict.fromkeys(ONLINE_STAGES, ONLINE_LEARNING_RATES),
 }
 """Peak learning rate with LoRA and without, by stage type."""
@@ -283,7 +284,7 @@ DEFAULT_LEARNING_RATES: dict[str, tuple[float, float]] = {
 _REWARDS = ("evalLoss", "evalRewardAccuracy", "evalRewardMargin")
 _PAIRS = (*_REWARDS, "evalRewardChosen", "evalRewardRejected", "evalLogpsChosen", "evalLogpsRejected", "evalSftLoss")
 EVALUATION_FIGURES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("pretrain", "sft"), ("evalLoss",)),
+    **dict.fromkeys(("pretrain", "sft", "bestOfN"), ("evalLoss",)),
     "rewardModel": (*_REWARDS, "evalRewardMean"),
     **dict.fromkeys(("dpo", "orpo", "simpo", "cpo"), _PAIRS),
     "kto": (*_REWARDS, "evalKl", "evalRewardDesirable", "evalRewardUndesirable"),

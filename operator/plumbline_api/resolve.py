@@ -11,7 +11,7 @@ from plumbline_api.errors import ManifestError, Problem
 from plumbline_api.evaluation import Gate
 from plumbline_api.graph import BASE_MODEL, dependencies, references
 from plumbline_api.methods import DEFAULT_LEARNING_RATES
-from plumbline_api.online import ABORTED, OnlineStage, Ppo
+from plumbline_api.online import ABORTED, Ppo, SampledStage
 from plumbline_api.pipeline import AlignmentPipeline, Dataset, Storage
 from plumbline_api.quantities import parse_duration
 from plumbline_api.record import ExternalInput, InputRef, PipelineIdentity, RunRecord, StageRecord
@@ -116,7 +116,7 @@ def _resolve_stage(
             if suite.win_rate is not None and suite.win_rate.judge.model is not None:
                 position = external.model(f"judge/{stage.name}/{number}", suite.win_rate.judge.model.source)
                 inputs.append(InputRef(role=f"suites.{number}.judge", external=position))
-    if isinstance(stage.value, OnlineStage):
+    if isinstance(stage.value, SampledStage):
         for number, reward in enumerate(stage.value.rewards):
             if reward.model is not None:
                 position = external.model(f"reward/{stage.name}/{number}", reward.model)

@@ -22,7 +22,7 @@ from plumbline_api.artifacts import (
 from plumbline_api.base import Contract, Duration, Name, OneOf, Quantity
 from plumbline_api.evaluation import Evaluate, Gate
 from plumbline_api.methods import Awr, Cpo, Dpo, Kto, Orpo, Pretrain, RewardModel, Rrhf, Sft, Simpo
-from plumbline_api.online import AbortRule, Grpo, OnAbort, Ppo, Reinforce, Rloo
+from plumbline_api.online import AbortRule, BestOfN, Grpo, OnAbort, Ppo, Reinforce, Rloo
 from plumbline_api.training import Share
 
 
@@ -113,6 +113,8 @@ class Stage(OneOf):
     """Learning from ranked responses, without a reference."""
     awr: Awr | None = None
     """Offline RL: imitate logged answers, weighted by their scores."""
+    best_of_n: BestOfN | None = None
+    """Rejection sampling: imitate the best of several sampled answers."""
     ppo: Ppo | None = None
     """Proximal policy optimisation on rewards of sampled answers, with a critic."""
     grpo: Grpo | None = None
@@ -169,6 +171,7 @@ STAGE_TYPES: dict[str, StageType] = {
         StageType("cpo", 1, ArtifactKind.POLICY, "train", PREFERENCE_FORMATS),
         StageType("rrhf", 1, ArtifactKind.POLICY, "train", PREFERENCE_FORMATS),
         StageType("awr", 1, ArtifactKind.POLICY, "train", SCORED_FORMATS),
+        StageType("bestOfN", 1, ArtifactKind.POLICY, "train", PROMPT_FORMATS),
         StageType("ppo", 1, ArtifactKind.POLICY, "train", PROMPT_FORMATS),
         StageType("grpo", 1, ArtifactKind.POLICY, "train", PROMPT_FORMATS),
         StageType("rloo", 1, ArtifactKind.POLICY, "train", PROMPT_FORMATS),

@@ -87,7 +87,7 @@ FORMATS = {
     "sft": "promptCompletion",
     "kto": "unpaired",
     "awr": "scored",
-    **dict.fromkeys(ONLINE_STAGES, "promptCompletion"),
+    **dict.fromkeys(("bestOfN", *ONLINE_STAGES), "promptCompletion"),
 }
 """Kind of the rows of a stage type; preference rows where none is named."""
 FORMAT_OF = {"rankedScores": "ranked"}
@@ -123,7 +123,7 @@ def training_run(
     form = form or FORMATS.get(type_, "preference")
     data = folder / f"{form}-{rows}.jsonl"
     uri = f"file://{data}" if data.exists() else write_jsonl(data, rows_of(form, rows))
-    online = type_ in ONLINE_STAGES
+    online = type_ in ONLINE_STAGES or type_ == "bestOfN"
     fields: dict[str, Any] = {"prompts" if online else "dataset": "data", "training": training, **(stage or {})}
     if lora is not None:
         fields["lora"] = lora

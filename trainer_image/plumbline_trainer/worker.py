@@ -49,6 +49,7 @@ STAGES: dict[str, str] = {
     "cpo": "plumbline_trainer.stages.cpo",
     "rrhf": "plumbline_trainer.stages.rrhf",
     "awr": "plumbline_trainer.stages.awr",
+    "bestOfN": "plumbline_trainer.stages.best_of_n",
     "ppo": "plumbline_trainer.stages.ppo",
     "grpo": "plumbline_trainer.stages.grpo",
     "rloo": "plumbline_trainer.stages.rloo",

@@ -21,6 +21,7 @@ KEY_FIGURES: dict[str, tuple[str, ...]] = {
     "rewardModel": ("accuracy", "calibrationError", "lengthSpearman", "rewardAccuracy", "loss"),
     **dict.fromkeys(("dpo", "kto", "orpo", "simpo", "cpo", "rrhf"), PREFERENCE_FIGURES),
     "awr": ("evalLoss", "evalSftLoss", "loss", "effectiveAnswers"),
+    "bestOfN": ("rewardGain", "evalLoss", "rewardBest", "loss"),
     "merge": ("lostPart", "logitKl", "signConflicts"),
     "evaluate": ("winRate", "preferenceAccuracy", "perplexity"),
 }

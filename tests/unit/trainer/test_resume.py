@@ -30,7 +30,15 @@ from support.ranks import run_ranks
 from support.trainer import finish_launcher, launch, manifest_of, output_folder, stage_context, start_launcher
 from support.training_data import training_run
 
-STAGES = {"awr": awr, "dpo": dpo, "kto": kto, "orpo": orpo, "pretrain": pretrain, "rewardModel": reward_model, "sft": sft}
+STAGES = {
+    "awr": awr,
+    "dpo": dpo,
+    "kto": kto,
+    "orpo": orpo,
+    "pretrain": pretrain,
+    "rewardModel": reward_model,
+    "sft": sft,
+}
 LORA = {"rank": 4, "dropout": 0.1}
 EVERYTHING = {
     "rank": 4,

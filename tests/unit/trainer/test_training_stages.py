@@ -234,7 +234,14 @@ def assert_close(weights: dict[str, torch.Tensor], others: dict[str, torch.Tenso
 
 @pytest.mark.parametrize(
     ("type_", "lora", "stage"),
-    [("sft", LORA, {}), ("dpo", LORA, {}), ("sft", None, {}), ("dpo", LORA, RPO), ("orpo", LORA, {}), ("awr", LORA, {})],
+    [
+        ("sft", LORA, {}),
+        ("dpo", LORA, {}),
+        ("sft", None, {}),
+        ("dpo", LORA, RPO),
+        ("orpo", LORA, {}),
+        ("awr", LORA, {}),
+    ],
 )
 def test_two_ranks_do_not_change_the_result(
     tmp_path: Path, type_: str, lora: dict[str, Any] | None, stage: dict[str, Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from plumbline_api.training import TrainingStage
+from plumbline_api.training import TunedStage
 
 from plumbline_trainer.context import StageContext
 from plumbline_trainer.data.encode import Encoded, EncodedRows, Method, encode_rows
@@ -35,7 +35,7 @@ class PreferenceRows:
 
 
 def load_preferences(
-    context: StageContext, policy: Policy, parameters: TrainingStage, method: Method = "preference"
+    context: StageContext, policy: Policy, parameters: TunedStage, method: Method = "preference"
 ) -> PreferenceRows:
     """Read and encode the stage's dataset, as pairs or with every ranked answer.
 
@@ -57,7 +57,7 @@ def open_run(
     context: StageContext,
     ranks: Ranks,
     policy: Policy,
-    parameters: TrainingStage,
+    parameters: TunedStage,
     rows: PreferenceRows,
     seed: int,
 ) -> TrainingRun:

@@ -69,7 +69,7 @@ def _check_use(
             if where := found.splits[part].unscored:
                 raise InputError(f'{field_path}: "{found.name}" {unscored(where)}')
     needs = Training.model_validate(stage.parameters.get("training", {})).needs_evaluation
-    if role == "dataset" and needs is not None and not found.splits["evaluation"].rows:
+    if role in ("dataset", "prompts") and needs is not None and not found.splits["evaluation"].rows:
         raise InputError(
             f'spec.stages[{index}].{stage.type}.training.{needs}: "{found.name}" has no rows in its evaluation '
             f"split ({found.rows:,} rows). {split_remedy('evaluation')}"

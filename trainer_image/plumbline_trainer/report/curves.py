@@ -40,7 +40,7 @@ _PREFERENCE = (
     Panel("Margin of the implicit reward", "rewardMargin", "evalRewardMargin", 0.0),
 )
 PANELS: dict[str, tuple[Panel, ...]] = {
-    **dict.fromkeys(("pretrain", "sft"), _LIKELIHOOD),
+    **dict.fromkeys(("pretrain", "sft", "bestOfN"), _LIKELIHOOD),
     "rewardModel": (
         Panel("Loss", "loss", "evalLoss"),
         Panel("Better answer has the higher reward", "rewardAccuracy", "evalRewardAccuracy", 0.5),

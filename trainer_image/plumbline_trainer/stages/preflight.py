@@ -186,7 +186,7 @@ def estimate_stages(record: RunRecord, found: Findings) -> None:
         read = [
             found.datasets[item.name.removeprefix("dataset/")].splits["train"]
             for role, item in dataset_inputs(record, stage)
-            if role == "dataset" or role.startswith("rehearsal.")
+            if role == "dataset" or role.startswith("rehearsal.") or (role == "prompts" and stage.type == "bestOfN")
         ]
         rows = read[0] if read else None
         found.estimates[stage.name] = estimate(stage, found.models["model"], rows, rate, rehearsed=read[1:])
