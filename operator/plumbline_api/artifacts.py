@@ -59,6 +59,8 @@ UNPAIRED_FORMATS = frozenset({"unpaired"}) | PREFERENCE_FORMATS
 """Formats that say of an answer whether it is desirable; of a pair, the chosen one is and the rejected one is not."""
 PROMPT_FORMATS = SUPERVISED_FORMATS | PREFERENCE_FORMATS | {"unpaired", "prompt"}
 """Formats with a prompt that a policy can answer; the answer of a row, where it has one, is there to compare with."""
+REFERENCE_FORMATS = SUPERVISED_FORMATS | PREFERENCE_FORMATS
+"""Formats whose rows hold an answer to compare with; that of an unpaired row may be an undesirable one."""
 LIKELIHOOD_FORMATS = SUPERVISED_FORMATS | TEXT_FORMATS | PREFERENCE_FORMATS
 """Formats with tokens whose likelihood can be measured; of preference and ranked rows, the chosen or best answer."""
 

@@ -19,6 +19,10 @@ REFERENCE_RULES = frozenset({"exactMatch", "numericMatch"})
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", max_length=253)]
 
 
+FUNCTION_SCHEME = "python:"
+"""Before the name of a function, where it stands as the location of an input."""
+
+
 class Reward(OneOf):
     """One component of the reward. Its weighted values add up to the score of an answer."""
 
@@ -115,6 +119,8 @@ class Reward(OneOf):
                 raise ValueError(f"{shown} belongs to rule {rule}; leave it out")
         if self.stage is None and (self.ensemble is not None or self.std_factor is not None):
             raise ValueError("ensemble and stdFactor belong to stage; leave them out")
+        if self.gold and self.normalize:
+            raise ValueError("a gold reward is watched as it is; leave normalize out")
         if self.std_factor is not None and self.ensemble != "meanMinusStd":
             raise ValueError("stdFactor belongs to ensemble meanMinusStd; leave it out")
         return self
@@ -246,6 +252,11 @@ class OnlineStage(SampledStage):
             raise ValueError(
                 "training.earlyStopping and selectBest compare losses of fixed rows; use the stage's abortWhen"
             )
+        if self.mini_batches > training.global_batch:
+            raise ValueError(
+                f"miniBatches ({self.mini_batches}) exceeds training.globalBatch ({training.global_batch}), the prompts "
+                "of a rollout; lower it"
+            )
         return self
 
 
@@ -344,7 +355,9 @@ class AbortRule(Contract):
 
 
 ABORTED = "aborted"
-"""Figure of a stage that was aborted: 1."""
+"""Figure of a stage with abort rules: 1 where it was aborted, else 0. In the manifest's meta the reason, in words."""
+ABORTED_REASON = "Aborted"
+"""Reason, in status, of a stage that was aborted, whether it fails for it or not."""
 OnAbort = Literal["fail", "continue"]
 ONLINE_STAGES: dict[str, type[OnlineStage]] = {"ppo": Ppo, "grpo": Grpo, "rloo": Rloo, "reinforce": Reinforce}
 """Parameters of the stages that sample and learn, by stage type."""

@@ -141,7 +141,8 @@ class Experience:
         }
         if self.values is not None:
             found["values"] = self.values
-        return {name: tensor.contiguous() for name, tensor in found.items()}
+        # Copies: two of them may be one tensor, which safetensors refuses.
+        return {name: tensor.clone().contiguous() for name, tensor in found.items()}
 
     @classmethod
     def restored(cls, prompts: list[Encoded], budget: int, tensors: dict[str, Tensor]) -> Experience:

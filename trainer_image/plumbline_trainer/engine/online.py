@@ -7,42 +7,32 @@ resumed run goes on with the same numbers.
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from plumbline_api.online import ABORTED, OnlineStage
 from plumbline_api.training import Training
 from plumbline_api.watched import by_importance
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from plumbline_trainer.context import StageContext
 from plumbline_trainer.data.encode import Encoded
-from plumbline_trainer.engine.accumulation import accumulate
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.experience import Experience
-from plumbline_trainer.engine.loop import RECENT, dummy_of
-from plumbline_trainer.engine.optimizer import Optimizer
-from plumbline_trainer.engine.packing import PackedBatch
+from plumbline_trainer.engine.loop import RECENT
+from plumbline_trainer.engine.online_state import Kept, OnlineState, Trained, read_online, write_online
 from plumbline_trainer.engine.pathcheck import choose_path
 from plumbline_trainer.engine.policy_gradient import PolicyObjective, ValueObjective
 from plumbline_trainer.engine.prompts import Prompts
 from plumbline_trainer.engine.schedule import epoch_order, plan_steps, random_key
-from plumbline_trainer.engine.scorer import Path as ScorerPath
 from plumbline_trainer.engine.scorer import Scorer
-from plumbline_trainer.engine.scoring import score_entropies, score_rows
-from plumbline_trainer.engine.state import read_weights, write_weights
-from plumbline_trainer.engine.values import ValueScorer, score_values
-from plumbline_trainer.errors import InputError, Interrupted
+from plumbline_trainer.engine.updates import look_at, update
+from plumbline_trainer.engine.values import ValueScorer
+from plumbline_trainer.errors import Interrupted
 from plumbline_trainer.losses.advantages import clip_rewards, penalise_unfinished
-from plumbline_trainer.models.adapters import adapters_disabled
 from plumbline_trainer.rewards.combining import RewardSet
 from plumbline_trainer.rollout.interface import RolloutEngine
 from plumbline_trainer.storage.checkpoints import (
@@ -54,72 +44,6 @@ from plumbline_trainer.storage.checkpoints import (
 from plumbline_trainer.watch.abort import AbortWatch
 from plumbline_trainer.watch.course import Course
 from plumbline_trainer.watch.figures import Rollout, held_out_figures, rollout_figures, time_shares
-
-STATE, ROLLOUT = "online.json", "rollout.safetensors"
-POLICY, CRITIC, GOOD = "trainables", "critic", "good"
-VERSION = 1
-RATIO_TOLERANCES = {"float32": 1e-5, "bfloat16": 0.02}
-"""Largest mean |ratio − 1| before the first update on a rollout: policy and sampler are then the same weights."""
-
-
-class Kept(Protocol):
-    """Something with numbers that a checkpoint keeps: a controller, running statistics, a watch."""
-
-    def state(self) -> dict[str, Any]:
-        """As JSON."""
-        ...
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from there, exactly."""
-        ...
-
-
-@dataclass
-class OnlineState:
-    """How far a stage has come."""
-
-    step: int = 0
-    """Iterations done."""
-    updates: int = 0
-    """Optimizer steps done in the iteration that is under way."""
-    tokens: int = 0
-    """Tokens of answers and their prompts, on all ranks."""
-    path: ScorerPath | None = None
-    """Which way the policy is evaluated."""
-    critic_path: ScorerPath | None = None
-    evaluated: int = -1
-    """Step of the last evaluation."""
-    start: dict[str, float] = field(default_factory=dict)
-    """First evaluation."""
-    latest: dict[str, float] = field(default_factory=dict)
-    """Last evaluation."""
-    figures: dict[str, float] = field(default_factory=dict)
-    """Figures of the rollout that is learnt from."""
-    recent: list[dict[str, float]] = field(default_factory=list)
-    """Figures of the last iterations."""
-    good_step: int = 0
-    """Iterations done before the weights that the stage would yield if it were aborted."""
-    ended: str = ""
-    """Why the stage takes no further iteration although some are left."""
-
-
-class _Trained:
-    """A model that is trained: its scorer, its parameters, its optimizer."""
-
-    def __init__(self, scorer: Scorer, training: Any, steps: int) -> None:
-        self.scorer = scorer
-        self.trainables = scorer.trainables()
-        self.optimizer = Optimizer(self.trainables, training, steps)
-
-    def write(self, folder: Path, name: str) -> dict[str, Any]:
-        write_weights(folder / f"{name}.safetensors", self.trainables)
-        moments = {key: tensor.cpu().contiguous() for key, tensor in self.optimizer.tensors().items()}
-        save_file(moments, folder / f"{name}-optimizer.safetensors")
-        return self.optimizer.state()
-
-    def read(self, folder: Path, name: str, state: Mapping[str, Any]) -> None:
-        read_weights(folder / f"{name}.safetensors", self.trainables)
-        self.optimizer.restore(load_file(folder / f"{name}-optimizer.safetensors"), state)
 
 
 class OnlineRun:
@@ -169,11 +93,11 @@ class OnlineRun:
         for scorer in (policy, reference):
             if scorer is not None:
                 scorer.temperature = parameters.rollout.temperature
-        self.policy = _Trained(policy, training, steps)
-        self.critic: _Trained | None = None
+        self.policy = Trained(policy, training, steps)
+        self.critic: Trained | None = None
         if critic is not None:
             rate = answers.critic.learning_rate or training.learning_rate
-            self.critic = _Trained(critic, training.model_copy(update={"learning_rate": rate}), steps)
+            self.critic = Trained(critic, training.model_copy(update={"learning_rate": rate}), steps)
         self.watch, self.course = AbortWatch(prompts.abort_rules), Course()
         self.kept: dict[str, Kept] = {"rewards": rewards, "watch": self.watch, "course": self.course}
         self.state = OnlineState()
@@ -201,23 +125,11 @@ class OnlineRun:
             self.good = self._copies()
         if self._checkpoint is None:
             return
-        folder = self._checkpoint.folder
-        document: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        if document.get("version") != VERSION:
-            raise ValueError(f"a checkpoint of version {document.get('version')}; this trainer reads {VERSION}")
-        self.state = OnlineState(**document["state"])
-        for name, item in self.kept.items():
-            item.restore(document["kept"][name])
-        self.policy.read(folder, POLICY, document[POLICY])
-        if self.critic is not None:
-            self.critic.read(folder, CRITIC, document[CRITIC])
-        if self.watch.rules:
-            self.good = load_file(folder / f"{GOOD}.safetensors")
+        self.state, self.good, rollout = read_online(self._checkpoint.folder, self._models, self.kept)
         self._set_paths()
-        if (folder / ROLLOUT).is_file():
-            self._experience = Experience.restored(
-                self._prompts_of(self.state.step), self.training.tokens_per_batch, load_file(folder / ROLLOUT)
-            )
+        if rollout is not None:
+            prompts = self._prompts_of(self.state.step)
+            self._experience = Experience.restored(prompts, self.training.tokens_per_batch, rollout)
         self.first_step = self.state.step
         self._committed = (self.state.step, self.state.updates, self._experience is not None)
 
@@ -288,7 +200,16 @@ class OnlineRun:
             if parameters.missing_end_penalty is not None:
                 shaped = penalise_unfinished(shaped, found.finished, penalty=parameters.missing_end_penalty)
             found.shaped = shaped
-            self._look_at(found)
+            if self.state.path is None:
+                self._choose_paths(found.all_rows)
+            look_at(
+                found,
+                self.scorer,
+                self.reference,
+                None if self.critic is None else self.critic.scorer,
+                tokens_per_batch=self.training.tokens_per_batch,
+                ranks=self.ranks,
+            )
         self.state.figures = self.course.observe(rollout_figures(_watched(found)))
         # They speak of the weights that sampled, and these are there now.
         self._observe(self.state.figures)
@@ -298,93 +219,46 @@ class OnlineRun:
         self.leave_if_stopped()
         return found
 
-    def _look_at(self, found: Experience) -> None:
-        """Log-probabilities, entropies and values of all answers, without gradients."""
-        rows = found.all_rows
-        if self.state.path is None:
-            self._choose_paths(rows)
-        settings: dict[str, Any] = {
-            "tokens_per_batch": self.training.tokens_per_batch,
-            "device": self.ranks.device,
-            "ranks": self.ranks,
-        }
-        old, entropy = score_entropies(self.scorer, rows, **settings)
-        found.old, found.entropy = _flat(old), _flat(entropy)
-        if self.reference is not None:
-            found.reference = _flat(score_rows(self.reference, rows, **settings))
-        else:
-            with adapters_disabled(self.scorer.model):
-                found.reference = _flat(score_rows(self.scorer, rows, **settings))
-        if self.critic is not None:
-            scorer = self.critic.scorer
-            assert isinstance(scorer, ValueScorer)
-            values = score_values(scorer, rows, tokens_per_batch=self.training.tokens_per_batch, ranks=self.ranks)
-            found.values = torch.cat([part[:, 0] for part in values])
-
     def learn(
         self, experience: Experience, objective: PolicyObjective, value_objective: ValueObjective | None = None
     ) -> dict[str, float]:
         """All updates on a rollout that are left, in an order that the seed and the iteration give.
 
         Returns:
-            Means over the updates of this attempt; `ratioGap` is that of the very first one.
+            Means over all updates on the rollout; `ratioAtStart` is from before the first.
 
         Raises:
-            InputError: if the loss or the gradient is no longer finite.
+            InputError: if a loss or a gradient is no longer finite.
             RuntimeError: if the policy before its first update is not the one that sampled.
         """
-        per_epoch = self.parameters.mini_batches
-        total = self.update_epochs * per_epoch
-        gathered: list[dict[str, float]] = []
+        per_epoch, state = self.parameters.mini_batches, self.state
+        names = tuple(str(index) for index in range(len(experience.prompts)))
+        seed = random_key(self.seed, "updates", state.step)
         with self._timed("training"):
-            while self.state.updates < total:
+            while state.updates < self.update_epochs * per_epoch:
                 self.leave_if_stopped()
-                epoch, number = divmod(self.state.updates, per_epoch)
-                names = tuple(str(index) for index in range(len(experience.prompts)))
-                order = epoch_order(names, random_key(self.seed, "updates", self.state.step), epoch)
+                self._tell(f"update {state.updates + 1} of {self.update_epochs * per_epoch}")
+                epoch, number = divmod(state.updates, per_epoch)
+                order = epoch_order(names, seed, epoch)
                 members = order[number * len(order) // per_epoch : (number + 1) * len(order) // per_epoch]
                 rows = [row for index in members for row in experience.rows[index]]
                 if rows:
-                    gathered.append(self._update(rows, objective, value_objective))
-                self.state.updates += 1
-        means = {name: sum(item[name] for item in gathered) / len(gathered) for name in (gathered or [{}])[0]}
-        if gathered:
-            means["ratioGap"] = gathered[0]["ratioGap"]
-        return means
-
-    def _update(
-        self, rows: Sequence[Encoded], objective: PolicyObjective, value_objective: ValueObjective | None
-    ) -> dict[str, float]:
-        self._tell(f"update {self.state.updates + 1}")
-
-        def policy_sums(batch: PackedBatch) -> dict[str, Tensor]:
-            if objective.needs_entropy:
-                return objective.sums(batch, *self.scorer.with_entropy(batch))
-            return objective.sums(batch, self.scorer(batch), None)
-
-        settings: dict[str, Any] = {
-            "tokens_per_batch": self.training.tokens_per_batch,
-            "ranks": self.ranks,
-            "dummy": dummy_of,
-        }
-        means = accumulate(rows, policy_sums, size=objective.size(rows), **settings)
-        self._check_ratio(means["ratioGap"])
-        self._check_finite(means["loss"], "policy")
-        means["gradientNorm"] = self.policy.optimizer.step(self.ranks)
-        self._check_finite(means["gradientNorm"], "policy's gradient")
-        if self.critic is not None and value_objective is not None:
-            scorer = self.critic.scorer
-            found = accumulate(
-                rows,
-                lambda batch: value_objective.sums(batch, scorer(batch)[:, 0]),
-                size=value_objective.size(rows),
-                **settings,
-            )
-            self._check_finite(found.pop("loss"), "critic")
-            means |= found
-            means["criticGradientNorm"] = self.critic.optimizer.step(self.ranks)
-            self._check_finite(means["criticGradientNorm"], "critic's gradient")
-        return means
+                    found = update(
+                        rows,
+                        self.policy,
+                        objective,
+                        self.critic,
+                        value_objective,
+                        tokens_per_batch=self.training.tokens_per_batch,
+                        ranks=self.ranks,
+                        iteration=state.step + 1,
+                        is_first=not state.seen,
+                    )
+                    state.seen.append(found)
+                state.updates += 1
+        means = {name: sum(item[name] for item in state.seen) / len(state.seen) for name in state.seen[0]}
+        means.pop("ratioGap")
+        return {**means, "ratioAtStart": state.seen[0]["ratioGap"]}
 
     def close(self, figures: Mapping[str, float]) -> None:
         """End the iteration: report its figures, look at the stop rules, perhaps write a checkpoint."""
@@ -397,7 +271,7 @@ class OnlineRun:
         self.state.tokens += tokens
         self.tokens_here += tokens
         self.state.step += 1
-        self.state.updates = 0
+        self.state.updates, self.state.seen = 0, []
         self._experience = None
         self.state.recent = [*self.state.recent, record][-RECENT:]
         self._report(record)
@@ -517,14 +391,16 @@ class OnlineRun:
 
     # Parts
 
+    @property
+    def _models(self) -> dict[str, Trained]:
+        return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
+
     def _prompts_of(self, step: int) -> list[Encoded]:
         return [self.prompts.train[index] for index in self.plan.rows(step)]
 
     def _choose_paths(self, rows: Sequence[Encoded]) -> None:
         self._tell("comparing the fast path with the plain one")
-        for trained in (self.policy, self.critic):
-            if trained is None:
-                continue
+        for trained in self._models.values():
             choice = choose_path(
                 trained.scorer,
                 rows,
@@ -548,42 +424,13 @@ class OnlineRun:
         if self.critic is not None and self.state.critic_path is not None:
             self.critic.scorer.path = self.state.critic_path
 
-    def _check_ratio(self, gap: float) -> None:
-        """Before the first update the policy must be the one whose log-probabilities were taken."""
-        if self.state.updates == 0 and not gap <= RATIO_TOLERANCES[self.scorer.precision]:
-            raise RuntimeError(
-                f"before the first update on a rollout new and old probabilities differ by {gap:.2g} in the mean: the "
-                "two passes do not compute the same policy"
-            )
-
-    def _check_finite(self, value: float, what: str) -> None:
-        if not math.isfinite(value):
-            raise InputError(
-                f"iteration {self.state.step + 1}: the {what} is {value}; training diverged. Lower "
-                "training.learningRate, set scoreClip, or set training.precision: float32",
-                reason="Diverged",
-            )
-
     def _save(self) -> None:
         """Commit a checkpoint of where the stage stands; the upload goes on beside it."""
         state = self.state
         if self.ranks.is_main:
             wait_for_uploads(self.context)
             folder = self.context.scratch / "saving" / f"{state.step}-{state.updates}"
-            folder.mkdir(parents=True)
-            document: dict[str, Any] = {
-                "version": VERSION,
-                "state": asdict(state),
-                "kept": {name: item.state() for name, item in self.kept.items()},
-                POLICY: self.policy.write(folder, POLICY),
-            }
-            if self.critic is not None:
-                document[CRITIC] = self.critic.write(folder, CRITIC)
-            if self._experience is not None:
-                save_file(self._experience.tensors(), folder / ROLLOUT)
-            if self.watch.rules:
-                save_file(self.good, folder / f"{GOOD}.safetensors")
-            (folder / STATE).write_text(json.dumps(document), encoding="utf-8")
+            write_online(folder, state, self._models, self.kept, self.good, self._experience)
             part = 1 + state.updates if self._experience is not None else 0
             save_checkpoint(self.context, state.step, folder, {"step": state.step}, part=part)
         self._committed = (state.step, state.updates, self._experience is not None)
@@ -600,7 +447,3 @@ def _watched(found: Experience) -> Rollout:
         scores=found.shaped,
         entropies=found.entropy,
     )
-
-
-def _flat(scores: Sequence[Sequence[Tensor]]) -> Tensor:
-    return torch.cat([tokens for row in scores for tokens in row])

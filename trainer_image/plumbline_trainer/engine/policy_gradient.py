@@ -76,7 +76,6 @@ class PolicyObjective:
             shares = per_token
         loss = (shares * terms.loss).sum()
         found = {
-            "policyLoss": loss.detach(),
             "clipFraction": (shares * terms.clipped).sum(),
             "ratioGap": (shares * (terms.ratio - 1.0).abs()).sum(),
         }

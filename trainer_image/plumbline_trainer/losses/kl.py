@@ -48,21 +48,19 @@ class KlController:
     one rollout of the divergence summed over an answer's tokens.
     """
 
-    def __init__(self, coefficient: float, *, target: float | None = None, horizon: int | None = None) -> None:
-        """Start at β = `coefficient`; with `target` (nats per answer) and `horizon` (answers), adaptive."""
-        if (target is None) != (horizon is None):
-            raise ValueError("An adaptive KL coefficient needs both target and horizon, a fixed one neither.")
-        if target is not None and target <= 0:
-            raise ValueError(f"The KL target must be above 0 nats per answer, not {target}.")
-        if horizon is not None and horizon <= 0:
-            raise ValueError(f"The KL horizon must be above 0 answers, not {horizon}.")
+    def __init__(self, coefficient: float, *, target: float | None = None, horizon: float = 10_000.0) -> None:
+        """Start at β = `coefficient`; with a `target` (nats per answer) it adapts, over `horizon` answers."""
+        if target is not None and (target <= 0 or horizon <= 0):
+            raise ValueError(
+                f"The KL target ({target} nats per answer) and horizon ({horizon} answers) must be above 0."
+            )
         self.coefficient = coefficient
         self.target = target
         self.horizon = horizon
 
     def update(self, kl: float, answers: int) -> None:
         """After a rollout of n = `answers` answers with mean divergence `kl` nats per answer."""
-        if self.target is None or self.horizon is None:
+        if self.target is None:
             return
         error = min(max(kl / self.target - 1, -MAX_PROPORTIONAL_ERROR), MAX_PROPORTIONAL_ERROR)
         self.coefficient *= 1 + error * answers / self.horizon

@@ -126,6 +126,7 @@ def load_reward_model(
     device: torch.device | str,
     tokens_per_batch: int = 4096,
     beside: Policy | None = None,
+    ranks: Ranks | None = None,
 ) -> RewardModel:
     """Load the output of a `rewardModel` stage, ready to score.
 
@@ -140,6 +141,7 @@ def load_reward_model(
         tokens_per_batch: token budget of one forward pass.
         beside: a policy in memory with an adapter on it. If its frozen weights are those under the reward model's
             adapter, they serve both, and nothing is loaded twice.
+        ranks: processes that load it together; they go the same way through it.
 
     Raises:
         InputError: if it is no reward model, or a part is missing or damaged.
@@ -174,7 +176,7 @@ def load_reward_model(
     scorer.requires_grad_(False)
     scorer.eval()
     sample = _probe(tokenizer, config.max_length)
-    scorer.path = choose_path(scorer, sample, {}, tokens=tokens_per_batch, ranks=Ranks()).path
+    scorer.path = choose_path(scorer, sample, {}, tokens=tokens_per_batch, ranks=ranks or Ranks()).path
     return RewardModel(scorer, tokenizer, config, tokens_per_batch, beside if config.lora is not None else None)
 
 

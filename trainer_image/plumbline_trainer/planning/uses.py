@@ -15,6 +15,7 @@ from plumbline_trainer.models.ancestry import TRAINING_ROLES
 from plumbline_trainer.planning.datasets import DatasetFindings
 from plumbline_trainer.planning.lengths import leaves_no_row
 from plumbline_trainer.planning.problems import Problems
+from plumbline_trainer.planning.rewarding import refuse_missing_references
 
 
 def check_uses(record: RunRecord, datasets: dict[str, DatasetFindings], problems: Problems) -> None:
@@ -55,6 +56,8 @@ def _check_use(
             f'{field_path}: "{found.name}" has no rows in its {split} split ({found.rows:,} rows: {there}). '
             f"{split_remedy(split)}"
         )
+    if role == "prompts":
+        refuse_missing_references(stage, index, found.name, found.format)
     if stage.type == "kto":
         if (fault := found.splits[split].labels.one_sided) is not None:
             raise InputError(f'{field_path}: "{found.name}" {fault}')

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from plumbline_trainer.data.rows import Message
-from plumbline_trainer.engine.distributed import Ranks
+
+if TYPE_CHECKING:  # Preflight looks at functions and schemas, without torch.
+    from torch import Tensor
+
+    from plumbline_trainer.engine.distributed import Ranks
 
 
 @dataclass(frozen=True, slots=True)

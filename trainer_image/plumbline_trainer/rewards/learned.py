@@ -10,6 +10,7 @@ from torch import Tensor
 
 from plumbline_trainer.data.rows import Message
 from plumbline_trainer.engine.distributed import Ranks
+from plumbline_trainer.models.classifier import Classifier
 from plumbline_trainer.models.reward import RewardModel
 from plumbline_trainer.rewards.interface import Candidate
 
@@ -31,6 +32,17 @@ class StageReward:
         heads = self.model.score([dialogue(candidate) for candidate in candidates], ranks=ranks)
         centred = heads.double() - torch.tensor(self.model.config.mean, dtype=torch.float64)
         return combine_heads(centred, self._how, self._factor).float()
+
+
+class ClassifierReward:
+    """A sequence classifier from outside."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        self._classifier = classifier
+
+    def score(self, candidates: Sequence[Candidate], ranks: Ranks) -> Tensor:
+        """[candidates] float32: its only logit."""
+        return self._classifier.score([dialogue(candidate) for candidate in candidates], ranks=ranks)
 
 
 def combine_heads(heads: Tensor, how: str, factor: float) -> Tensor:

@@ -6,15 +6,17 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from plumbline_api.online import Reward
-from torch import Tensor
 
-from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.rewards.interface import Candidate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from plumbline_trainer.engine.distributed import Ranks
 
 Rule = Callable[[Candidate], float]
 
@@ -36,6 +38,8 @@ class RuleReward:
 
     def score(self, candidates: Sequence[Candidate], ranks: Ranks) -> Tensor:
         """[candidates] float32."""
+        import torch
+
         return torch.tensor([self._rule(candidate) for candidate in candidates], dtype=torch.float32)
 
 
