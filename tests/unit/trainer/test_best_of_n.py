@@ -28,6 +28,7 @@ from plumbline_trainer.rollout.huggingface import HuggingFaceRollout
 from plumbline_trainer.stages import best_of_n
 from plumbline_trainer.storage.checkpoints import wait_for_uploads
 from safetensors.torch import load_file
+from support.preflighting import pipeline, plan_of, preflight
 from support.ranks import run_ranks
 from support.trainer import manifest_of, output_folder, run_in_process, stage_context, write_jsonl
 from support.training_data import training_run
@@ -359,3 +360,17 @@ def test_stopped_while_sampling(tmp_path: Path, speaker: Path) -> None:
     context.stop.request()
     with pytest.raises(Interrupted, match="samples the same ones"):
         best_of_n.run(context)
+
+
+def test_preflight_counts_steps_by_winners_and_refuses_prompts_without_room(tmp_path: Path, speaker: Path) -> None:
+    """Of 40 prompts 2 winners each are 80 rows: ten steps of eight at most."""
+    stage = STAGE | {"prompts": "q", "keep": 2, "training": {"maxLength": 64, "globalBatch": 8}}
+    made = pipeline(tmp_path / "fits", speaker, [{"name": "best", "bestOfN": stage}], split={"test": 0})
+    result, code = preflight(made)
+    assert code == 0, result.message
+    assert plan_of(made)["stages"][0]["estimate"]["steps"] == 10
+    tight = stage | {"training": {"maxLength": 16}}
+    made = pipeline(tmp_path / "tight", speaker, [{"name": "best", "bestOfN": tight}], split={"test": 0})
+    result, code = preflight(made)
+    assert code == 2
+    assert "spec.stages[0].bestOfN.training.maxLength" in result.message

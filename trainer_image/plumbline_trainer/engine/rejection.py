@@ -39,6 +39,8 @@ KEPT, SUFFIX = "answers", ".json"
 """Where the answers lie below the run's root."""
 OUTPUT = "answers.jsonl"
 """The same in the output, rows v1."""
+DECIDING = ("rewardGain", "reward", "rewardBest", "goldReward", "goldRewardBest", "winners")
+"""Figures that people and gates look at first."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ def with_answers(output: StageOutput, answers: AnswerSet, training_seconds: floa
     lines = rows_to_lines([*answers.train, *answers.held_out])
     (output.folder / OUTPUT).write_text(lines, encoding="utf-8")
     figures = answers.figures()
-    first = {name: figures.pop(name) for name in ("rewardGain", "reward", "rewardBest") if name in figures}
+    # Not all figures travel: those in front do.
+    first = {name: figures.pop(name) for name in DECIDING if name in figures}
     seconds = {**answers.seconds, "secondsTraining": training_seconds}
     return dataclasses.replace(output, metrics={**first, **output.metrics, **figures, **seconds})
 
