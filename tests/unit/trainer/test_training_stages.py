@@ -72,7 +72,7 @@ def test_a_stage_learns_and_writes_a_policy(tmp_path: Path, type_: str, lora: di
     )
     if type_ == "dpo":
         assert metrics["evalLossStart"] == pytest.approx(math.log(2), abs=1e-5)
-    if type_ not in ("pretrain", "sft"):
+    if type_ not in ("pretrain", "sft", "awr"):
         # cpo compares sums, in which the lengths of these random answers outweigh what twenty steps can do.
         assert metrics["rewardAccuracy"] > 0.5 or type_ == "cpo"
         assert bool([*tmp_path.rglob("references")]) == (type_ == "dpo"), "only dpo has a reference pass"
