@@ -26,6 +26,7 @@ DatasetFormat = Literal[
     "preference",
     "unpaired",
     "ranked",
+    "scored",
     "prompt",
 ]
 """How the rows of a dataset are written. `auto` is `dataset<unknown>` until preflight has read it.
@@ -38,14 +39,17 @@ DatasetFormat = Literal[
 - promptCompletion: `{prompt, completion}`, each text or messages
 - preference: `{prompt, chosen, rejected, margin?}`, each text or messages; without `prompt` the common beginning is the prompt
 - ranked: `{prompt, completions}`, best first, or each `{text, rank}` or `{text, score}`; as pairs: the best against the worst
+- scored: `{prompt, completion, score}`, one answer a row; higher is better
 - prompt: `{prompt}` alone, text or messages, to be answered
 - unpaired: `{prompt, completion, label}`; the label says whether the completion is desirable: true or false, or 1 or 0
 """
 
 DATASET_FORMATS: tuple[str, ...] = DatasetFormat.__args__  # type: ignore[attr-defined]
 
-SUPERVISED_FORMATS = frozenset({"instruction", "contextResponse", "dialogue", "messages", "promptCompletion"})
+SUPERVISED_FORMATS = frozenset({"instruction", "contextResponse", "dialogue", "messages", "promptCompletion", "scored"})
 """Formats with a prompt and an answer to imitate."""
+SCORED_FORMATS = frozenset({"scored", "ranked"})
+"""Formats whose answers can have scores; ranked rows may do without, and are then refused where scores are needed."""
 TEXT_FORMATS = frozenset({"text"})
 PREFERENCE_FORMATS = frozenset({"preference", "ranked"})
 """Formats with a chosen and a rejected answer; of ranked rows, the best and the worst."""
@@ -70,6 +74,7 @@ FORMAT_DESCRIPTIONS: dict[str, str] = {
     "preference": "preference rows (prompt, chosen, rejected)",
     "unpaired": "unpaired rows (prompt, completion, label)",
     "ranked": "ranked rows (prompt, completions)",
+    "scored": "scored rows (prompt, completion, score)",
     "prompt": "prompts without answers (prompt)",
     "auto": "rows of a format that preflight detects",
 }
@@ -85,6 +90,7 @@ FORMAT_FIELDS: dict[str, tuple[str, ...]] = {
     "preference": ("chosen", "rejected", "prompt", "margin", *_COMMON_FIELDS),
     "unpaired": ("prompt", "completion", "label", *_COMMON_FIELDS),
     "ranked": ("prompt", "completions", *_COMMON_FIELDS),
+    "scored": ("prompt", "completion", "score", *_COMMON_FIELDS),
     "prompt": ("prompt", *_COMMON_FIELDS),
 }
 """Fields of a format's rows, for which `columns` may name other columns."""

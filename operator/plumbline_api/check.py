@@ -13,6 +13,7 @@ from plumbline_api.errors import Problem
 from plumbline_api.graph import BASE_MODEL, Reference, find_cycle, references, yields
 from plumbline_api.methods import EVALUATION_FIGURES
 from plumbline_api.names import IMPLICIT_STAGES
+from plumbline_api.online import SampledStage
 from plumbline_api.pipeline import AlignmentPipeline, Dataset, PipelineSpec, Storage
 from plumbline_api.quantities import parse_quantity
 from plumbline_api.rewarding import check_local_endpoints, check_reward_references, rewards_of
@@ -204,11 +205,12 @@ def _check_evaluation_splits(spec: PipelineSpec) -> Iterator[Problem]:
             close = difflib.get_close_matches(metric, known, n=1)
             hint = f"Did you mean {close[0]}?" if close else f"There are: {', '.join(known)}"
             yield Problem(f"{here}.earlyStopping.metric", f'evaluations of {stage.type} have no "{metric}". {hint}')
-        position = next((i for i, d in enumerate(spec.datasets) if d.name == stage.value.dataset), None)
+        rows = stage.value.prompts if isinstance(stage.value, SampledStage) else stage.value.dataset
+        position = next((i for i, d in enumerate(spec.datasets) if d.name == rows), None)
         if position is not None and spec.datasets[position].split.evaluation == 0:
             yield Problem(
                 f"{here}.{training.needs_evaluation}",
-                f'"{stage.value.dataset}" has no evaluation split to compare on. '
+                f'"{rows}" has no evaluation split to compare on. '
                 f"Set spec.datasets[{position}].split.evaluation (such as 0.1)",
             )
 

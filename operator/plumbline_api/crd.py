@@ -169,16 +169,13 @@ def _convert(node: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any
             result[plain], result[bound] = node[bound], True
     if "x-kubernetes-validations" in node:
         result["x-kubernetes-validations"] = node["x-kubernetes-validations"]
-    if node.get("type") == "integer":
-        result["format"] = "int64"
     if node.get("type") == "array":
         result["items"] = _convert(node["items"], definitions)
         if "x-plumbline-item-validations" in node:
             result["items"]["x-kubernetes-validations"] = node["x-plumbline-item-validations"]
+        # Without a type a list is atomic, and the size is limited.
         if "x-plumbline-map-key" in node:
             result |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [node["x-plumbline-map-key"]]}
-        else:
-            result["x-kubernetes-list-type"] = "atomic"
     if node.get("type") == "object":
         if "properties" in node:
             result["properties"] = {name: _convert(value, definitions) for name, value in node["properties"].items()}
@@ -195,7 +192,7 @@ def _joined(own: str | None, inner: str | None) -> str:
         return own or inner or ""
     if own.split()[:2] == inner.split()[:2]:
         return max(own, inner, key=len)
-    return f"{own}\n{inner}"
+    return f"{own} {inner}"
 
 
 def _default_words(node: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from plumbline_api.artifacts import PREFERENCE_FORMATS, ArtifactKind
 from plumbline_api.methods import LikelihoodStage, PolicyStage
-from plumbline_api.online import OnlineStage
+from plumbline_api.online import SampledStage
 from plumbline_api.pipeline import PipelineSpec
 from plumbline_api.stages import (
     BASED_METHODS,
@@ -67,7 +67,7 @@ def references(spec: PipelineSpec, index: int) -> Iterator[Reference]:
         return
     kind, value, here = STAGE_TYPES[stage.type], stage.value, f"spec.stages[{index}]"
     yield Reference("model", f"{here}.model", start_of(spec, index), ArtifactKind.POLICY, implied=stage.model is None)
-    if isinstance(value, OnlineStage):
+    if isinstance(value, SampledStage):
         yield from _online_inputs(value, f"{here}.{stage.type}", kind.dataset_formats or frozenset())
     elif kind.dataset_formats is not None:
         yield Reference(
@@ -123,7 +123,7 @@ def references(spec: PipelineSpec, index: int) -> Iterator[Reference]:
                 )
 
 
-def _online_inputs(stage: OnlineStage, here: str, formats: frozenset[str]) -> Iterator[Reference]:
+def _online_inputs(stage: SampledStage, here: str, formats: frozenset[str]) -> Iterator[Reference]:
     """What a stage that samples reads besides the policy and its reference."""
     yield Reference("prompts", f"{here}.prompts", stage.prompts, ArtifactKind.DATASET, formats)
     for number, reward in enumerate(stage.rewards):
@@ -134,11 +134,12 @@ def _online_inputs(stage: OnlineStage, here: str, formats: frozenset[str]) -> It
     critic = getattr(stage, "critic", None)
     if critic is not None and critic.start is not None:
         yield Reference("critic.start", f"{here}.critic.start", critic.start, ArtifactKind.REWARD_MODEL)
-    if stage.sycophancy is not None and stage.sycophancy.dataset is not None:
+    sycophancy = getattr(stage, "sycophancy", None)
+    if sycophancy is not None and sycophancy.dataset is not None:
         yield Reference(
             "sycophancy.dataset",
             f"{here}.sycophancy.dataset",
-            stage.sycophancy.dataset,
+            sycophancy.dataset,
             ArtifactKind.DATASET,
             PREFERENCE_FORMATS,
             split="test",

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from plumbline_api.base import Contract, Name
-from plumbline_api.online import ONLINE_LEARNING_RATES, ONLINE_STAGES
+from plumbline_api.online import ONLINE_LEARNING_RATES, ONLINE_STAGES, BestOfN
 from plumbline_api.training import Training, TrainingStage, TunedStage
 
 
@@ -261,6 +261,19 @@ class Kto(PolicyStage):
     """Stage whose policy is the reference. Absent: the policy at the start of this stage."""
 
 
+class Awr(TrainingStage):
+    """Advantage-weighted regression (Peng et al. 2019): answers by how far they score above the baseline V."""
+
+    beta: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """β of an answer's weight exp((score − V)/β): large ones imitate all answers alike, small ones the best only."""
+    expectile: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """V is this expectile of the scores of the prompt's answers, or of the dataset's where a prompt has one; 0.5 is the mean, more is nearer to the best (Kostrikov et al. 2021)."""
+    weight_clip: Annotated[float, Field(ge=1, le=1e6)] = 20.0
+    """Largest weight."""
+    score_scale: Literal["std", "none"] = "std"
+    """std: score − V is divided by its root mean square over the training rows, so that β has no unit."""
+
+
 GIVEN_ROWS: dict[str, type[TrainingStage]] = {
     "pretrain": Pretrain,
     "sft": Sft,
@@ -271,9 +284,10 @@ GIVEN_ROWS: dict[str, type[TrainingStage]] = {
     "simpo": Simpo,
     "cpo": Cpo,
     "rrhf": Rrhf,
+    "awr": Awr,
 }
 """Parameters of the stages that train on rows of a dataset, by stage type."""
-TRAINING_STAGES: dict[str, type[TunedStage]] = {**GIVEN_ROWS, **ONLINE_STAGES}
+TRAINING_STAGES: dict[str, type[TunedStage]] = {**GIVEN_ROWS, "bestOfN": BestOfN, **ONLINE_STAGES}
 """Parameters of the stages that train, by stage type."""
 
 DEFAULT_LEARNING_RATES: dict[str, tuple[float, float]] = {
@@ -286,6 +300,8 @@ DEFAULT_LEARNING_RATES: dict[str, tuple[float, float]] = {
     "simpo": (5e-6, 1e-6),
     "cpo": (5e-6, 1e-6),
     "rrhf": (5e-6, 1e-6),
+    "awr": (2e-4, 2e-5),
+    "bestOfN": (2e-4, 2e-5),
     **dict.fromkeys(ONLINE_STAGES, ONLINE_LEARNING_RATES),
 }
 """Peak learning rate with LoRA and without, by stage type."""
@@ -293,10 +309,11 @@ DEFAULT_LEARNING_RATES: dict[str, tuple[float, float]] = {
 _REWARDS = ("evalLoss", "evalRewardAccuracy", "evalRewardMargin")
 _PAIRS = (*_REWARDS, "evalRewardChosen", "evalRewardRejected", "evalLogpsChosen", "evalLogpsRejected", "evalSftLoss")
 EVALUATION_FIGURES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("pretrain", "sft"), ("evalLoss",)),
+    **dict.fromkeys(("pretrain", "sft", "bestOfN"), ("evalLoss",)),
     "rewardModel": (*_REWARDS, "evalRewardMean"),
     **dict.fromkeys(("dpo", "orpo", "simpo", "cpo"), _PAIRS),
     "kto": (*_REWARDS, "evalKl", "evalRewardDesirable", "evalRewardUndesirable"),
     "rrhf": (*_REWARDS, "evalRankingLoss", "evalSftLoss"),
+    "awr": ("evalLoss", "evalSftLoss", "evalWeight", "evalClippedWeights"),
 }
 """Figures of a stage's evaluations, by stage type; evalSftLoss only where the loss has a likelihood."""

@@ -179,8 +179,8 @@ class Critic(Contract):
     """Factor on the value loss; with AdamW it acts through gradientClip only."""
 
 
-class OnlineStage(TunedStage):
-    """Fields of the stages that sample answers and learn from their rewards."""
+class SampledStage(TunedStage):
+    """Fields of every stage that samples answers and scores them."""
 
     prompts: Name
     """Dataset whose prompts are answered; rules and metrics compare with its answers."""
@@ -188,10 +188,46 @@ class OnlineStage(TunedStage):
         json_schema_extra={"x-plumbline-item-validations": [one_of_rule(Reward)]}
     )
     """What makes an answer good."""
-    training: OnlineTraining = OnlineTraining()
-    """Optimisation parameters."""
     rollout: Rollout = Rollout()
     """How answers are sampled."""
+
+    @model_validator(mode="after")
+    def _can_be_scored(self) -> Self:
+        if self.rollout.max_new_tokens >= self.training.max_length:
+            raise ValueError(
+                f"rollout.maxNewTokens ({self.rollout.max_new_tokens}) leaves no room for a prompt within "
+                f"training.maxLength ({self.training.max_length})"
+            )
+        if all(reward.gold for reward in self.rewards):
+            raise ValueError("rewards: every one is gold, so that nothing is trained on; add one that is not")
+        figures = [reward.figure for reward in self.rewards]
+        if twice := sorted({figure for figure in figures if figures.count(figure) > 1}):
+            raise ValueError(f'rewards: two have the name "{twice[0]}"; give one a name of its own')
+        return self
+
+
+class BestOfN(SampledStage):
+    """Rejection sampling: sample answers, score them, imitate the best as sft does."""
+
+    answers: Annotated[int, Field(ge=2, le=256)] = 8
+    """Answers per prompt, all by the policy at the start."""
+    keep: Annotated[int, Field(ge=1, le=256)] = 1
+    """Best different answers to a prompt that are imitated; never one without an end."""
+    min_score: float | None = None
+    """Least score of an answer that is imitated. Absent: no bound."""
+
+    @model_validator(mode="after")
+    def _has_a_choice(self) -> Self:
+        if self.keep > self.answers:
+            raise ValueError(f"keep ({self.keep}) is more than answers ({self.answers}); lower it, or raise answers")
+        return self
+
+
+class OnlineStage(SampledStage):
+    """Fields of the stages that sample answers and learn from their rewards."""
+
+    training: OnlineTraining = OnlineTraining()
+    """Optimisation parameters."""
     mini_batches: Annotated[int, Field(ge=1, le=1024)] = 1
     """Optimizer steps per pass over a rollout."""
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
@@ -216,21 +252,11 @@ class OnlineStage(TunedStage):
             raise ValueError(
                 "training.earlyStopping and selectBest compare losses of fixed rows; use the stage's abortWhen"
             )
-        if self.rollout.max_new_tokens >= training.max_length:
-            raise ValueError(
-                f"rollout.maxNewTokens ({self.rollout.max_new_tokens}) leaves no room for a prompt within "
-                f"training.maxLength ({training.max_length})"
-            )
         if self.mini_batches > training.global_batch:
             raise ValueError(
                 f"miniBatches ({self.mini_batches}) exceeds training.globalBatch ({training.global_batch}), the prompts "
                 "of a rollout; lower it"
             )
-        if all(reward.gold for reward in self.rewards):
-            raise ValueError("rewards: every one is gold, so that nothing is trained on; add one that is not")
-        figures = [reward.figure for reward in self.rewards]
-        if twice := sorted({figure for figure in figures if figures.count(figure) > 1}):
-            raise ValueError(f'rewards: two have the name "{twice[0]}"; give one a name of its own')
         return self
 
 

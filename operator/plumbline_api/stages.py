@@ -13,6 +13,7 @@ from plumbline_api.artifacts import (
     PREFERENCE_FORMATS,
     PROMPT_FORMATS,
     RANKING_FORMATS,
+    SCORED_FORMATS,
     SUPERVISED_FORMATS,
     TEXT_FORMATS,
     UNPAIRED_FORMATS,
@@ -20,8 +21,8 @@ from plumbline_api.artifacts import (
 )
 from plumbline_api.base import Contract, Duration, Name, OneOf, Quantity
 from plumbline_api.evaluation import Evaluate, Gate
-from plumbline_api.methods import Cpo, Dpo, Kto, Orpo, Pretrain, RewardModel, Rrhf, Sft, Simpo
-from plumbline_api.online import AbortRule, Grpo, OnAbort, Ppo, Reinforce, Rloo
+from plumbline_api.methods import Awr, Cpo, Dpo, Kto, Orpo, Pretrain, RewardModel, Rrhf, Sft, Simpo
+from plumbline_api.online import AbortRule, BestOfN, Grpo, OnAbort, Ppo, Reinforce, Rloo
 from plumbline_api.training import Share
 
 
@@ -110,6 +111,10 @@ class Stage(OneOf):
     """Contrastive preference optimisation on preference pairs, without a reference."""
     rrhf: Rrhf | None = None
     """Learning from ranked responses, without a reference."""
+    awr: Awr | None = None
+    """Offline RL: imitate logged answers, weighted by their scores."""
+    best_of_n: BestOfN | None = None
+    """Rejection sampling: imitate the best of several sampled answers."""
     ppo: Ppo | None = None
     """Proximal policy optimisation on rewards of sampled answers, with a critic."""
     grpo: Grpo | None = None
@@ -165,6 +170,8 @@ STAGE_TYPES: dict[str, StageType] = {
         StageType("simpo", 1, ArtifactKind.POLICY, "train", PREFERENCE_FORMATS),
         StageType("cpo", 1, ArtifactKind.POLICY, "train", PREFERENCE_FORMATS),
         StageType("rrhf", 1, ArtifactKind.POLICY, "train", PREFERENCE_FORMATS),
+        StageType("awr", 1, ArtifactKind.POLICY, "train", SCORED_FORMATS),
+        StageType("bestOfN", 1, ArtifactKind.POLICY, "train", PROMPT_FORMATS),
         StageType("ppo", 1, ArtifactKind.POLICY, "train", PROMPT_FORMATS),
         StageType("grpo", 1, ArtifactKind.POLICY, "train", PROMPT_FORMATS),
         StageType("rloo", 1, ArtifactKind.POLICY, "train", PROMPT_FORMATS),

@@ -39,7 +39,10 @@ def phrase(rng: random.Random, low: int, high: int) -> str:
 
 
 def rows_of(kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows of uneven length: `text`, `promptCompletion`, `unpaired`, `preference` or `ranked`."""
+    """Rows of uneven length: `text`, `promptCompletion`, `unpaired`, `preference`, `ranked`, `scored` or `rankedScores`.
+
+    Every third prompt of scored rows stands in two of them.
+    """
     rng = random.Random(seed)
     if kind == "text":
         return [{"text": phrase(rng, 3, 40)} for _ in range(count)]
@@ -48,6 +51,24 @@ def rows_of(kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
     if kind == "ranked":
         return [
             {"prompt": f"{n}: {phrase(rng, 2, 15)}", "completions": [phrase(rng, 1, 9) for _ in range(2 + n % 3)]}
+            for n in range(count)
+        ]
+    if kind == "rankedScores":
+        return [
+            {
+                "prompt": f"{n}: {phrase(rng, 2, 15)}",
+                "completions": [{"text": phrase(rng, 1, 9), "score": rng.gauss(0, 1)} for _ in range(2 + n % 3)],
+            }
+            for n in range(count)
+        ]
+    if kind == "scored":
+        prompts = [f"{n}: {phrase(rng, 2, 15)}" for n in range(count)]
+        return [
+            {
+                "prompt": prompts[n - 1 if n % 3 == 2 else n],
+                "completion": phrase(rng, 1, 20),
+                "score": round(rng.gauss(0, 1), 3),
+            }
             for n in range(count)
         ]
     if kind == "unpaired":
@@ -65,9 +86,12 @@ FORMATS = {
     "pretrain": "text",
     "sft": "promptCompletion",
     "kto": "unpaired",
-    **dict.fromkeys(ONLINE_STAGES, "promptCompletion"),
+    "awr": "scored",
+    **dict.fromkeys(("bestOfN", *ONLINE_STAGES), "promptCompletion"),
 }
-"""Format of the rows of a stage type; preference rows where none is named."""
+"""Kind of the rows of a stage type; preference rows where none is named."""
+FORMAT_OF = {"rankedScores": "ranked"}
+"""Dataset format of a kind of rows whose name it does not have."""
 
 
 def training_run(
@@ -99,7 +123,7 @@ def training_run(
     form = form or FORMATS.get(type_, "preference")
     data = folder / f"{form}-{rows}.jsonl"
     uri = f"file://{data}" if data.exists() else write_jsonl(data, rows_of(form, rows))
-    online = type_ in ONLINE_STAGES
+    online = type_ in ONLINE_STAGES or type_ == "bestOfN"
     fields: dict[str, Any] = {"prompts" if online else "dataset": "data", "training": training, **(stage or {})}
     if lora is not None:
         fields["lora"] = lora
@@ -109,7 +133,7 @@ def training_run(
     split = {"evaluation": evaluation, "test": test}
     inputs = [
         base_model(f"file://{model}"),
-        external("prompts" if online else "dataset", uri, format=form, split=split),
+        external("prompts" if online else "dataset", uri, format=FORMAT_OF.get(form, form), split=split),
     ]
     for number, (role, kind) in enumerate((others or {}).items()):
         other = write_jsonl(folder / f"other-{number}.jsonl", rows_of(kind, rows, seed=100 + number))

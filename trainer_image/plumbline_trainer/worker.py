@@ -48,6 +48,8 @@ STAGES: dict[str, str] = {
     "simpo": "plumbline_trainer.stages.simpo",
     "cpo": "plumbline_trainer.stages.cpo",
     "rrhf": "plumbline_trainer.stages.rrhf",
+    "awr": "plumbline_trainer.stages.awr",
+    "bestOfN": "plumbline_trainer.stages.best_of_n",
     "ppo": "plumbline_trainer.stages.ppo",
     "grpo": "plumbline_trainer.stages.grpo",
     "rloo": "plumbline_trainer.stages.rloo",

@@ -22,6 +22,8 @@ KEY_FIGURES: dict[str, tuple[str, ...]] = {
     "sft": ("evalLoss", "loss"),
     "rewardModel": ("accuracy", "calibrationError", "lengthSpearman", "rewardAccuracy", "loss"),
     **dict.fromkeys(("dpo", "kto", "orpo", "simpo", "cpo", "rrhf"), PREFERENCE_FIGURES),
+    "awr": ("evalLoss", "evalSftLoss", "loss", "effectiveAnswers"),
+    "bestOfN": ("rewardGain", "evalLoss", "rewardBest", "loss"),
     "merge": ("lostPart", "logitKl", "signConflicts"),
     "evaluate": ("winRate", "preferenceAccuracy", "perplexity"),
 }

@@ -37,7 +37,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "two stage types": (
         {"stages": stages_with(0, sft={"dataset": "tickets"})},
         [
-            "spec.stages[0]: exactly one stage type must be set, pretrain and sft are; choose one of: pretrain, sft, rewardModel, dpo, kto, orpo, simpo, cpo, rrhf, ppo, grpo, rloo, reinforce, merge, evaluate"
+            "spec.stages[0]: exactly one stage type must be set, pretrain and sft are; choose one of: pretrain, sft, rewardModel, dpo, kto, orpo, simpo, cpo, rrhf, awr, bestOfN, ppo, grpo, rloo, reinforce, merge, evaluate"
         ],
     ),
     "built-in name": (

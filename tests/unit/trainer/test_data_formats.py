@@ -73,6 +73,7 @@ def turns(row: Row) -> list[tuple[str, str]]:
         ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "preference", [("user", "Q"), ("assistant", "A")]),
         ({"prompt": "Q", "completion": "A", "label": True}, "unpaired", [("user", "Q"), ("assistant", "A")]),
         ({"prompt": "Q", "completion": "", "label": False}, "unpaired", [("user", "Q"), ("assistant", "")]),
+        ({"prompt": "Q", "completion": "A", "score": 0.5}, "scored", [("user", "Q"), ("assistant", "A")]),
     ],
 )  # fmt: skip
 def test_each_format_is_detected_and_parsed(
@@ -81,6 +82,23 @@ def test_each_format_is_detected_and_parsed(
     found = parse_dataset(files(tmp_path, lines(record)), "d", {"format": "auto"})
     assert found.format == format_
     assert turns(found.rows[0]) == expected
+
+
+@pytest.mark.parametrize(("score", "found"), [(2, 2.0), (-0.5, -0.5), ("1e-3", 0.001)])
+def test_scores_are_numbers_also_as_text(tmp_path: Path, score: Any, found: float) -> None:
+    record = {"prompt": "Q", "completion": "A", "score": score}
+    assert parse_dataset(files(tmp_path, lines(record)), "d", {}).rows[0].responses[0].score == found
+
+
+@pytest.mark.parametrize(
+    ("score", "shown"), [("good", '"good"'), (True, "true or false"), ("nan", '"nan"'), ([1], "a list")]
+)
+def test_scores_that_are_no_numbers_are_refused_with_line_and_remedy(tmp_path: Path, score: Any, shown: str) -> None:
+    rows = lines({"prompt": "Q", "completion": "A", "score": 1}, {"prompt": "Q", "completion": "B", "score": score})
+    with pytest.raises(InputError, match="line 2") as caught:
+        parse_dataset(files(tmp_path, rows), "d", {})
+    assert f'"score" is {shown}, a finite number expected' in str(caught.value)
+    assert "format: promptCompletion" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -407,7 +425,7 @@ def test_any_record_is_a_row_or_a_named_fault(given_record: tuple[str, dict[str,
     if fault is not None:
         assert fault != ""
         return
-    assert row.responses
+    assert row.responses or format_ == "prompt"
     assert row.is_text == (format_ == "text")
     assert all(turn.messages for turn in row.responses)
     if not row.is_text:

@@ -239,7 +239,7 @@ def test_what_gates_may_ask_for_travels_with_everything_turned_on(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("type_", "stage"),
-    [("sft", {}), ("rewardModel", {}), ("dpo", {"sftWeight": 1}), ("orpo", {}), ("kto", {}), ("rrhf", {})],
+    [("sft", {}), ("rewardModel", {}), ("dpo", {"sftWeight": 1}), ("orpo", {}), ("kto", {}), ("rrhf", {}), ("awr", {})],
 )
 def test_the_checker_knows_the_figures_of_every_evaluation(tmp_path: Path, type_: str, stage: dict[str, Any]) -> None:
     stopping = {"metric": "evalNothing", "mode": "min"}

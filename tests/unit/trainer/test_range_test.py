@@ -79,11 +79,14 @@ SETTINGS: dict[str, Any] = {"globalBatch": 4, "checkpointEverySteps": 4, "tokens
         ("kto", {"rank": 4}),
         ("rewardModel", {"rank": 4}),
         ("rrhf", {"rank": 4}),
+        ("awr", {"rank": 4}),
     ],
 )
 def test_a_stage_sweeps_and_leaves_a_report(tmp_path: Path, type_: str, lora: Any) -> None:
     test = {"from": 1e-5, "to": 3.0, "steps": 60}
-    run = training_run(tmp_path, type_, lora=lora, **SETTINGS, maxSteps=2, rangeTest=test)
+    # With weights that differ much, the loss of so few rows tells more of the rows than of the rate.
+    stage = {"beta": 100} if type_ == "awr" else {}
+    run = training_run(tmp_path, type_, lora=lora, stage=stage, **SETTINGS, maxSteps=2, rangeTest=test)
     result, code = run_in_process(tmp_path, run)
     assert code == 0, result.message
     manifest, folder = manifest_of(run), output_folder(run)

@@ -23,14 +23,22 @@ from plumbline_trainer.context import StageContext
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.reference_cache import ReferenceCache
 from plumbline_trainer.errors import Interrupted
-from plumbline_trainer.stages import dpo, kto, orpo, pretrain, reward_model, sft
+from plumbline_trainer.stages import awr, dpo, kto, orpo, pretrain, reward_model, sft
 from plumbline_trainer.storage.checkpoints import wait_for_uploads
 from safetensors.torch import load_file
 from support.ranks import run_ranks
 from support.trainer import finish_launcher, launch, manifest_of, output_folder, stage_context, start_launcher
 from support.training_data import training_run
 
-STAGES = {"dpo": dpo, "kto": kto, "orpo": orpo, "pretrain": pretrain, "rewardModel": reward_model, "sft": sft}
+STAGES = {
+    "awr": awr,
+    "dpo": dpo,
+    "kto": kto,
+    "orpo": orpo,
+    "pretrain": pretrain,
+    "rewardModel": reward_model,
+    "sft": sft,
+}
 LORA = {"rank": 4, "dropout": 0.1}
 EVERYTHING = {
     "rank": 4,
@@ -97,6 +105,8 @@ class TestInProcess:
             ("rewardModel", {"rank": 4}, 2),
             ("rewardModel", None, 3),
             ("orpo", {"rank": 4}, 2),
+            ("awr", {"rank": 4}, 4),
+            ("awr", None, 3),
             ("sft", EVERYTHING, 2),
             ("dpo", EVERYTHING | {"dropout": 0.0}, 4),
         ],

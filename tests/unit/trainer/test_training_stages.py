@@ -49,7 +49,7 @@ def curve(run: StageRun, folder: Path) -> list[dict[str, Any]]:
     ("type_", "lora"),
     [
         *((type_, lora) for type_ in ("pretrain", "sft", "dpo") for lora in (LORA, None)),
-        *((type_, LORA) for type_ in ("orpo", "simpo", "cpo", "rrhf")),
+        *((type_, LORA) for type_ in ("orpo", "simpo", "cpo", "rrhf", "awr")),
         ("orpo", None),
     ],
 )
@@ -72,7 +72,7 @@ def test_a_stage_learns_and_writes_a_policy(tmp_path: Path, type_: str, lora: di
     )
     if type_ == "dpo":
         assert metrics["evalLossStart"] == pytest.approx(math.log(2), abs=1e-5)
-    if type_ not in ("pretrain", "sft"):
+    if type_ not in ("pretrain", "sft", "awr"):
         # cpo compares sums, in which the lengths of these random answers outweigh what twenty steps can do.
         assert metrics["rewardAccuracy"] > 0.5 or type_ == "cpo"
         assert bool([*tmp_path.rglob("references")]) == (type_ == "dpo"), "only dpo has a reference pass"
@@ -194,6 +194,7 @@ RPO = {"loss": "ipo", "beta": 0.5, "sftWeight": 0.5}
         ("dpo", LORA, RPO),
         ("orpo", LORA, {}),
         ("rrhf", LORA, {}),
+        ("awr", LORA, {"beta": 0.5}),
     ],
 )
 def test_accumulation_does_not_change_the_result(
@@ -233,7 +234,14 @@ def assert_close(weights: dict[str, torch.Tensor], others: dict[str, torch.Tenso
 
 @pytest.mark.parametrize(
     ("type_", "lora", "stage"),
-    [("sft", LORA, {}), ("dpo", LORA, {}), ("sft", None, {}), ("dpo", LORA, RPO), ("orpo", LORA, {})],
+    [
+        ("sft", LORA, {}),
+        ("dpo", LORA, {}),
+        ("sft", None, {}),
+        ("dpo", LORA, RPO),
+        ("orpo", LORA, {}),
+        ("awr", LORA, {}),
+    ],
 )
 def test_two_ranks_do_not_change_the_result(
     tmp_path: Path, type_: str, lora: dict[str, Any] | None, stage: dict[str, Any]

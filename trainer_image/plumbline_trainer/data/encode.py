@@ -29,7 +29,7 @@ Method = Literal["text", "completion", "all", "assistant", "preference", "unpair
 - assistant: every turn of the assistant
 - preference: the chosen and the rejected answer
 - unpaired: every labelled answer; of a pair, the chosen one is desirable and the rejected one is not
-- ranked: every answer, in the row's order, with its rank
+- ranked: every answer, in the row's order, with its rank and its score
 - score: as ranked; what is read is a score at its last token, the end token itself
 - prompt: nothing; the prompt is for sampling
 """
@@ -64,6 +64,10 @@ class EncodedResponse:
     """Indices of the ids at which scalar heads are read; −1 is the last token of the prompt."""
     rank: int = 0
     """0 is best; equal ones are not compared."""
+    score: float | None = None
+    """How good it is said to be; higher is better."""
+    weight: float = 1.0
+    """Factor on the loss of this response, beside its row's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +125,7 @@ class _Dialogue:
     messages: tuple[Message, ...]
     role: Role
     rank: int = 0
+    score: float | None = None
 
     def texts(self, render: Renderer, source: str) -> list[str]:
         """The whole dialogue, then for every turn of the assistant after the prompt what lies before and up to it."""
@@ -233,8 +238,10 @@ def _dialogues(row: Row, method: Method) -> list[_Dialogue]:
             raise InputError(f"{row.source}: an answer with a label, or a chosen and a rejected one, is needed")
         return [_Dialogue(row.prompt, row.prompt + item.messages, DESIRABLE[item.label]) for item in labelled]
     if method in ("ranked", "score"):
-        answers = [(response, response.rank or 0) for response in row.responses]
-        return [_Dialogue(row.prompt, row.prompt + answer.messages, "completion", rank) for answer, rank in answers]
+        return [
+            _Dialogue(row.prompt, row.prompt + answer.messages, "completion", answer.rank or 0, answer.score)
+            for answer in row.responses
+        ]
     messages = row.prompt + _answer(row).messages
     if method == "assistant":
         first = next(index for index, message in enumerate(messages) if message.role == "assistant")
@@ -287,7 +294,8 @@ def _add_dialogue(
             marks[0] = False  # nothing comes before it that could predict it
         ids = whole[kept]
         reads = (len(ids) - 1,) if method == "score" else ()
-        responses.append(EncodedResponse(ids, marks, item.role, len(whole) > max_length, reads, item.rank))
+        cut = len(whole) > max_length
+        responses.append(EncodedResponse(ids, marks, item.role, cut, reads, item.rank, item.score))
     if not all(any(response.mask) for response in responses):
         found.dropped += 1
         found._remark(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -14,7 +14,7 @@ from plumbline_api.artifacts import DATASET_FORMATS
 from plumbline_trainer.data.dialogues import looks_like_dialogue
 from plumbline_trainer.data.parsers import PARSERS
 from plumbline_trainer.data.records import BadRowError, Record, SourceFile, is_number, kind_of, read_records
-from plumbline_trainer.data.rows import Row
+from plumbline_trainer.data.rows import Message, Response, Row
 from plumbline_trainer.data.splits import prompt_group
 from plumbline_trainer.errors import InputError
 
@@ -25,6 +25,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "instruction": ("instruction", "output"),
     "contextResponse": ("context", "response"),
     "unpaired": ("prompt", "completion", "label"),
+    "scored": ("prompt", "completion", "score"),
     "promptCompletion": ("prompt", "completion"),
     "dialogue": ("dialogue",),
     "text": ("text",),
@@ -72,7 +73,7 @@ def parse_dataset(files: Iterable[SourceFile], name: str, settings: Mapping[str,
     if format_ == "auto":
         format_ = detect_format(files, name, columns)
     _check_columns(name, format_, columns)
-    found, seen = ParsedDataset(format_), dict[str, int]()
+    found = ParsedDataset(format_)
     limit = settings.get("limit")
     for record in islice(_records(files), limit):
         found.records += 1
@@ -83,9 +84,9 @@ def parse_dataset(files: Iterable[SourceFile], name: str, settings: Mapping[str,
             if len(found.bad) < EXAMPLES:
                 found.bad.append(f"{record.where}: {error}")
             continue
-        count = seen[row.id] = seen.get(row.id, 0) + 1
-        found.rows.append(row if count == 1 else _renamed(row, f"{row.id}-{count}"))
+        found.rows.append(row)
         found.equal_pairs += len(row.responses) == 2 and row.responses[0].messages == row.responses[1].messages
+    found.rows = list(numbered(found.rows))
     allowed = int(settings.get("maxBadRows") or 0)
     if found.bad_count > allowed:
         share = f"{found.bad_count:,} bad row{'s' if found.bad_count > 1 else ''} of {found.records:,}"
@@ -136,21 +137,30 @@ def parse_record(record: Record, format_: str, columns: Mapping[str, str]) -> Ro
         raise BadRowError(record.problem)
     fields = _fields(record.value, format_, columns)
     prompt, responses = PARSERS[format_](fields)
-    identity = [[m.role, m.content] for m in prompt], [[m.role, m.content] for r in responses for m in r.messages]
-    digest = hashlib.sha256(json.dumps(identity, ensure_ascii=True).encode()).hexdigest()[:16]
     weight = _finite(fields, "weight", columns, positive=True) if "weight" in fields else 1.0
     margin = 0.0 if fields.get("margin") is None else _finite(fields, "margin", columns)
     text = responses[0].text if not prompt else None
-    return Row(digest, prompt_group(prompt, text), prompt, responses, weight, record.where, margin)
+    group = prompt_group(prompt, text)
+    return Row(content_id(prompt, responses), group, prompt, responses, weight, record.where, margin)
+
+
+def content_id(prompt: Iterable[Message], responses: Iterable[Response]) -> str:
+    """Id of a row that no other row of the same content stands before."""
+    identity = [[m.role, m.content] for m in prompt], [[m.role, m.content] for r in responses for m in r.messages]
+    return hashlib.sha256(json.dumps(identity, ensure_ascii=True).encode()).hexdigest()[:16]
+
+
+def numbered(rows: Iterable[Row]) -> Iterator[Row]:
+    """The same rows with ids that differ: of equal ones the later are numbered."""
+    seen: dict[str, int] = {}
+    for row in rows:
+        count = seen[row.id] = seen.get(row.id, 0) + 1
+        yield row if count == 1 else replace(row, id=f"{row.id}-{count}")
 
 
 def _records(files: Iterable[SourceFile]) -> Iterable[Record]:
     for file in files:
         yield from read_records(file)
-
-
-def _renamed(row: Row, name: str) -> Row:
-    return replace(row, id=name)
 
 
 def _check_columns(name: str, format_: str, columns: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from plumbline_api.stagerun import StageInput
@@ -37,6 +38,24 @@ def load_rows(context: StageContext, item: StageInput, split: Split, *, may_be_e
     return chosen
 
 
+def load_scored_rows(context: StageContext, item: StageInput, split: Split) -> list[Row]:
+    """As `load_rows`, of answers that all have scores.
+
+    Raises:
+        InputError: if one has none; or as `load_rows`.
+    """
+    rows = load_rows(context, item, split)
+    where = unscored_row(rows)
+    if where is not None:
+        raise InputError(f'"{item.name}" {unscored(where)}')
+    return rows
+
+
+def unscored_row(rows: Iterable[Row]) -> str | None:
+    """Where the first row with an answer that has no score was read."""
+    return next((row.source for row in rows if any(answer.score is None for answer in row.responses)), None)
+
+
 def empty_split(name: str, split: Split, rows: list[Row], settings: dict[str, object]) -> str:
     """What to say about a split without rows."""
     counts = {kind: sum(split_of(row, settings) == kind for row in rows) for kind in SPLITS}
@@ -49,3 +68,11 @@ def split_remedy(split: str) -> str:
     if split == "train":
         return "Lower datasets[].split.evaluation and test, or add rows"
     return f"Raise datasets[].split.{split}, add rows, or set datasets[].role to test if no stage trains on it"
+
+
+def unscored(where: str) -> str:
+    """What to say about the row at a place, of which an answer has no score."""
+    return (
+        f"has answers without a score ({where}); awr weighs answers by their scores. Give every answer one: "
+        "{prompt, completion, score} a row, or {text, score} for each of completions"
+    )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from plumbline_trainer.data.dialogues import common_text, common_turns, looks_like_dialogue, parse_dialogue
 from plumbline_trainer.data.ranked import rank_completions
-from plumbline_trainer.data.records import BadRowError, kind_of
+from plumbline_trainer.data.records import BadRowError, is_number, kind_of
 from plumbline_trainer.data.rows import TEXT_ROLE, Message, Response
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -120,6 +121,25 @@ def _label(value: Any) -> bool:
         f'"label" is {shown or kind_of(value)}; true or false (or 1 or 0) expected: is the completion desirable? '
         "Convert the column, or name format: promptCompletion if it is no such label"
     )
+
+
+def _parse_scored(fields: Mapping[str, Any]) -> Parsed:
+    score, prompt = _score(fields["score"]), _prompt(fields)
+    return prompt, (Response("0", _answer_turns(fields, "completion", prompt), score=score),)
+
+
+def _score(value: Any) -> float:
+    number = value
+    if isinstance(value, str):  # every cell of a CSV file is text
+        with contextlib.suppress(ValueError):
+            number = float(value)
+    if not is_number(number):
+        shown = f'"{value[:40]}"' if isinstance(value, str) else kind_of(value)
+        raise BadRowError(
+            f'"score" is {shown}, a finite number expected: how good is the completion? '
+            "Mend the column, or name format: promptCompletion if it is no such score"
+        )
+    return float(number)
 
 
 def _parse_preference(fields: Mapping[str, Any]) -> Parsed:
@@ -238,5 +258,6 @@ PARSERS: dict[str, Callable[[Mapping[str, Any]], Parsed]] = {
     "preference": _parse_preference,
     "unpaired": _parse_unpaired,
     "ranked": _parse_ranked,
+    "scored": _parse_scored,
     "prompt": lambda fields: (_prompt(fields), ()),
 }

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from plumbline_api.methods import PolicyStage
-from plumbline_api.training import TrainingStage
+from plumbline_api.training import TunedStage
 from transformers import PreTrainedModel
 
 from plumbline_trainer.context import StageContext
@@ -39,7 +39,7 @@ class PreferenceRows:
 
 
 def load_preferences(
-    context: StageContext, policy: Policy, parameters: TrainingStage, method: Method = "preference"
+    context: StageContext, policy: Policy, parameters: TunedStage, method: Method = "preference"
 ) -> PreferenceRows:
     """Read and encode the stage's dataset: pairs, every ranked answer, or labelled answers.
 
@@ -67,7 +67,7 @@ def open_run(
     context: StageContext,
     ranks: Ranks,
     policy: Policy,
-    parameters: TrainingStage,
+    parameters: TunedStage,
     rows: PreferenceRows,
     seed: int,
     wrap: Callable[[PreTrainedModel], Scorer] | None = None,

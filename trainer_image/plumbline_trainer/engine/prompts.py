@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from plumbline_api.online import AbortRule, OnlineStage
+from plumbline_api.online import AbortRule, SampledStage
 
 from plumbline_trainer.context import StageContext
 from plumbline_trainer.data.encode import Encoded, EncodedRows, encode_rows
@@ -53,7 +53,7 @@ class Prompts:
         return found
 
 
-def load_prompts(context: StageContext, policy: Policy, parameters: OnlineStage) -> Prompts:
+def load_prompts(context: StageContext, policy: Policy, parameters: SampledStage) -> Prompts:
     """Read and encode the stage's prompts; those that leave no room for an answer are dropped, counted and named.
 
     Raises:

@@ -16,7 +16,7 @@ from pydantic.alias_generators import to_camel
 
 from plumbline_trainer.data.encode import Method, encode_rows
 from plumbline_trainer.data.labels import LabelCounts, count_labels
-from plumbline_trainer.data.loading import load_dataset
+from plumbline_trainer.data.loading import load_dataset, unscored_row
 from plumbline_trainer.data.rows import Row
 from plumbline_trainer.data.splits import SPLITS, split_of
 from plumbline_trainer.storage import uris
@@ -57,6 +57,8 @@ class SplitFindings:
     """Tokens of the prompt, then of each answer, of the rows at 0 %, 1 %, … 100 % by their sum."""
     is_text: bool = False
     """Whether rows are raw text, which goes on in the next sequence where it is longer than one."""
+    unscored: str = ""
+    """Where the first row with an answer that has no score was read; empty where there is none."""
 
     @property
     def labels(self) -> LabelCounts:
@@ -216,6 +218,7 @@ def _survey(context: StageContext, item: StageInput, tokenizer: Tokenizer) -> Da
             longest=longest,
             shapes=quantiles(shapes),
             is_text=parsed.format == "text",
+            unscored=unscored_row(rows) or "",
         )
     return DatasetFindings(
         name=item.name,

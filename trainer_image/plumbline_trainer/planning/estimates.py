@@ -26,7 +26,7 @@ from plumbline_trainer.planning.memory import RUNTIME_BYTES, Weights, activation
 from plumbline_trainer.planning.sampling import beside_policy, tokens_per_prompt
 
 ONE_ANSWER = frozenset({"pretrain", "sft"})
-EVERY_ANSWER = frozenset({"rewardModel", "rrhf"})
+EVERY_ANSWER = frozenset({"rewardModel", "rrhf", "awr"})
 """Stages that read a row's answers one and all; what is in neither set reads pairs."""
 
 
@@ -74,7 +74,8 @@ def estimate(
     if rows is not None and rows.rows:
         shares = [item.share for item in getattr(parameters, "rehearsal", None) or ()]
         plan = plan_steps(
-            _names(rows, training.max_length),
+            # At most so many winners of each prompt are trained on.
+            _names(rows, training.max_length) * getattr(parameters, "keep", 1),
             seed=0,
             global_batch=training.global_batch,
             epochs=training.epochs,
@@ -147,6 +148,8 @@ def _names(rows: SplitFindings, max_length: int) -> list[str]:
 
 def _mean_tokens(stage: StageRecord, rows: SplitFindings, max_length: int) -> float:
     """Tokens of a row that a training stage reads, in the mean."""
+    if stage.type == "bestOfN":
+        return min(sum(rows.prompts) / len(rows.prompts) + _new_tokens(stage), max_length)
     if stage.type in ONE_ANSWER:
         return rows.tokens(max_length) / rows.sequences(max_length)
     packed = rows.packed(max_length, as_pairs=stage.type not in EVERY_ANSWER)
@@ -155,9 +158,16 @@ def _mean_tokens(stage: StageRecord, rows: SplitFindings, max_length: int) -> fl
 
 def _longest_row(stage: StageRecord, rows: SplitFindings, max_length: int) -> int:
     """Tokens of the row that takes the most memory: its answers go through the model together."""
+    if stage.type == "bestOfN":
+        return min(rows.prompts[-1] + _new_tokens(stage), max_length)
     if stage.type in ONE_ANSWER:
         return min(rows.percentile(100), max_length)
     return max(rows.packed(max_length, as_pairs=stage.type not in EVERY_ANSWER))
+
+
+def _new_tokens(stage: StageRecord) -> int:
+    """Tokens of a sampled answer at its longest."""
+    return int(stage.parameters["rollout"]["maxNewTokens"])
 
 
 def lora_parameters(rank: int, targets: list[str] | None, facts: ModelFacts) -> int:

@@ -8,7 +8,7 @@ from plumbline_api.record import ExternalInput, RunRecord, StageRecord, own_para
 from plumbline_api.stages import REHEARSAL_FORMATS, STAGE_TYPES, SUITE_FORMATS
 from plumbline_api.training import Training
 
-from plumbline_trainer.data.loading import split_remedy
+from plumbline_trainer.data.loading import split_remedy, unscored
 from plumbline_trainer.data.splits import Split
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.models.ancestry import TRAINING_ROLES
@@ -67,8 +67,12 @@ def _check_use(
                     f'{field_path}: "{found.name}" has one row in its {part} split; kto compares rows with '
                     "each other. Add rows, or change datasets[].split"
                 )
+    if stage.type == "awr":
+        for part in ("train", "evaluation"):
+            if where := found.splits[part].unscored:
+                raise InputError(f'{field_path}: "{found.name}" {unscored(where)}')
     needs = Training.model_validate(stage.parameters.get("training", {})).needs_evaluation
-    if role == "dataset" and needs is not None and not found.splits["evaluation"].rows:
+    if role in ("dataset", "prompts") and needs is not None and not found.splits["evaluation"].rows:
         raise InputError(
             f'spec.stages[{index}].{stage.type}.training.{needs}: "{found.name}" has no rows in its evaluation '
             f"split ({found.rows:,} rows). {split_remedy('evaluation')}"

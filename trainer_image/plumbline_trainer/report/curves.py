@@ -43,13 +43,17 @@ _PREFERENCE = (
     Panel("Margin of the implicit reward", "rewardMargin", "evalRewardMargin", 0.0),
 )
 PANELS: dict[str, tuple[Panel, ...]] = {
-    **dict.fromkeys(("pretrain", "sft"), _LIKELIHOOD),
+    **dict.fromkeys(("pretrain", "sft", "bestOfN"), _LIKELIHOOD),
     "rewardModel": (
         Panel("Loss", "loss", "evalLoss"),
         Panel("Better answer has the higher reward", "rewardAccuracy", "evalRewardAccuracy", 0.5),
         Panel("Margin of the reward", "rewardMargin", "evalRewardMargin", 0.0),
     ),
     **dict.fromkeys(("dpo", "orpo", "simpo", "cpo", "rrhf"), _PREFERENCE),
+    "awr": (
+        Panel("Weighted loss per token", "loss", "evalLoss"),
+        Panel("Loss per token, all answers alike", "sftLoss", "evalSftLoss"),
+    ),
     "kto": (
         Panel("Loss", "loss", "evalLoss"),
         Panel("Answers on their side of the reference point", "rewardAccuracy", "evalRewardAccuracy", 0.5),
