@@ -57,7 +57,7 @@ class PolicyStage(TrainingStage):
     """Fields of the stages that train a policy."""
 
     ewc: Ewc | None = None
-    """Hold weights that matter to another dataset."""
+    """Elastic weight consolidation."""
 
     @model_validator(mode="after")
     def _can_hold(self) -> Self:

@@ -31,7 +31,7 @@ class Lora(Contract):
     dora: bool = False
     """DoRA (Liu et al. 2024): train the length of every output's weights apart from their direction."""
     modules_to_save: Annotated[list[ModuleName], Field(min_length=1, max_length=32)] | None = None
-    """Names (suffixes) of modules to train whole beside the adapter, such as embed_tokens, lm_head or norms."""
+    """Names (suffixes) of modules to train whole, such as embed_tokens or lm_head."""
     quantization: Literal["nf4"] | None = None
     """nf4: keep the frozen linear layers in 4 bits while training (QLoRA); needs CUDA and bitsandbytes in the image."""
 
@@ -58,7 +58,7 @@ SCHEDULE_FIELDS: dict[str, tuple[str, ...]] = {
 
 
 class Schedule(Contract):
-    """How the learning rate moves over the steps."""
+    """Learning-rate schedule."""
 
     type: Literal["constant", "linear", "cosine", "cosineRestarts", "step", "polynomial", "inverseSquareRoot"] = (
         "linear"
@@ -125,14 +125,14 @@ class EarlyStopping(Contract):
 
 
 class RangeTest(Contract):
-    """A learning-rate range test (Smith 2015): raise the rate step by step and watch the loss."""
+    """Sweep the learning rate step by step (Smith 2015) instead of training: yields a report with a suggestion, no policy."""
 
     lowest: Annotated[float, Field(gt=0, le=1, alias="from")] = 1e-7
     """Rate of the first step."""
     highest: Annotated[float, Field(gt=0, le=10, alias="to")] = 1e-1
     """Rate of the last step."""
     steps: Annotated[int, Field(ge=10, le=100000)] = 100
-    """Steps of the sweep, whatever epochs and maxSteps say; it ends sooner where the loss diverges."""
+    """Steps of the sweep; it ends sooner where the loss diverges."""
 
     @model_validator(mode="after")
     def _rises(self) -> Self:
@@ -153,13 +153,13 @@ class Training(Contract):
     global_batch: Annotated[int, Field(ge=1, le=65536)] = 16
     """Rows (or pairs) per optimizer step, over all ranks and micro-batches."""
     tokens_per_batch: Annotated[int, Field(ge=64, le=4194304)] = 4096
-    """Token budget of one micro-batch on one rank; a memory setting, it does not change results beyond rounding."""
+    """Tokens of a micro-batch on one rank; a memory setting, results stay the same up to rounding."""
     max_length: Annotated[int, Field(ge=8, le=1048576)] = 1024
     """Longest sequence in tokens; longer rows are truncated and counted."""
     schedule: Schedule = Schedule()
     """Learning-rate schedule."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Factor on the learning rate from each layer to the one below; the top layer and the head keep the full rate."""
+    """Factor on the learning rate from each layer to the one below; top layer and head keep it whole."""
     l2sp: Annotated[float, Field(gt=0, le=1e6)] | None = Field(None, alias="l2sp")
     """Strength λ of ½λ‖Δ‖² (Li et al. 2018) on the change Δ of the weights since the stage's start; with LoRA Δ = s·B·A."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -175,18 +175,18 @@ class Training(Contract):
     precision: Precision = "auto"
     """Precision of frozen weights and activations. auto: bfloat16 on an accelerator, float32 on a CPU."""
     gradient_checkpointing: bool | None = None
-    """Recompute activations in the backward pass: less memory, about a third more time. Absent: where the device's memory would not do."""
+    """Recompute activations: less memory, a third more time. Absent: where memory would not do."""
     checkpoint_every_steps: PositiveInt = 20
-    """Optimizer steps between two checkpoints in storage."""
+    """Steps between two checkpoints."""
     evaluate_every_steps: PositiveInt | None = None
-    """Optimizer steps between two evaluations on the evaluation split. Absent: at the start and the end only."""
+    """Steps between two evaluations on the evaluation split. Absent: at start and end only."""
     early_stopping: EarlyStopping | None = None
     """Stop when a held-out figure no longer improves."""
     select_best: bool | None = None
     """Yield the weights of the best evaluation, not the last ones. Absent: with earlyStopping only."""
 
     range_test: RangeTest | None = None
-    """Sweep the learning rate instead of training: the stage yields a report with a suggested rate, and no policy."""
+    """Sweep the learning rate."""
 
     @property
     def selects_best(self) -> bool:
@@ -211,9 +211,9 @@ class TunedStage(Contract):
     """Fields of every stage that changes weights by gradients."""
 
     lora: Lora | None = None
-    """Train a low-rank adapter instead of all weights."""
+    """Low-rank adaptation."""
     freeze: Freeze | None = None
-    """What is not trained."""
+    """Weights that stay."""
     training: Training = Training()
     """Optimisation parameters."""
 

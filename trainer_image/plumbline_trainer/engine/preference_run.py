@@ -55,7 +55,7 @@ def load_preferences(
     return PreferenceRows(encoded, held_out.rows)
 
 
-def load_training_rows(context: StageContext, policy: Policy, parameters: TrainingStage, method: Method) -> EncodedRows:
+def load_training_rows(context: StageContext, policy: Policy, parameters: TunedStage, method: Method) -> EncodedRows:
     """The training rows alone, as `load_preferences`; what became of them is said."""
     rows = load_rows(context, context.input("dataset"), "train")
     encoded = encode_rows(rows, policy.tokenizer, method=method, max_length=parameters.training.max_length)
