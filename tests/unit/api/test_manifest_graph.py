@@ -87,7 +87,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
             'spec.stages[1].sft.rehearsal[0].dataset: "prefs" holds preference rows (prompt, chosen, rejected); sft '
             "needs instruction rows (context, response) or dialogues (USER: … ASSISTANT: …) or instruction rows "
             "(instruction, input, output) or chats (messages with role and content) or instruction rows (prompt, "
-            "completion) or raw text. Datasets that fit: manuals, tickets"
+            "completion) or scored rows (prompt, completion, score) or raw text. Datasets that fit: manuals, tickets"
         ],
     ),
     "ewc on a dataset that is not there": (
