@@ -73,6 +73,11 @@ class LikelihoodStage(TrainingStage):
                 "ewc takes gradients of the weights themselves, and lora.quantization leaves none. "
                 "Leave one of the two out, or hold the weights with training.l2sp"
             )
+        if self.ewc is not None and self.training.sharding != "none":
+            raise ValueError(
+                "ewc squares the gradient of every row, and training.sharding sums gradients over ranks before that. "
+                "Leave one of the two out, or hold the weights with training.l2sp"
+            )
         shares = sum(item.share for item in self.rehearsal or ())
         if shares >= 1:
             raise ValueError(

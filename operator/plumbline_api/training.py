@@ -176,6 +176,8 @@ class Training(Contract):
     """Precision of frozen weights and activations. auto: bfloat16 on an accelerator, float32 on a CPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    sharding: Literal["none", "full"] = "none"
+    """full: share weights and optimizer state out over the ranks (FSDP2); results stay the same up to rounding."""
     checkpoint_every_steps: PositiveInt = 20
     """Optimizer steps between two checkpoints in storage."""
     evaluate_every_steps: PositiveInt | None = None
@@ -231,6 +233,11 @@ class TrainingStage(Contract):
             raise ValueError(
                 f"lora.dropout: {lora.dropout:g}, but only pretrain and sft drop at random: what this stage compares "
                 "would differ by chance. Leave it out"
+            )
+        if lora is not None and lora.quantization is not None and self.training.sharding != "none":
+            raise ValueError(
+                "training.sharding cuts weights into rows, and lora.quantization packs them in blocks. "
+                "Leave one of the two out"
             )
         if lora is not None and lora.dora and self.training.l2sp is not None:
             raise ValueError(

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import torch
 from plumbline_api.stagerun import StageResult, StageRun
@@ -18,15 +20,7 @@ from support.trainer import stage_context
 
 def run_ranks(folder: Path, run: StageRun, timeout: float = 120) -> StageResult:
     """Run a stage with `run.processes_per_node` ranks to its end; the result of rank 0, which must be a success."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    results: multiprocessing.Queue[tuple[int, str, int]] = context.Queue()
-    size = run.processes_per_node
-    ranks = [context.Process(target=_rank, args=(folder, run, rank, size, port, results)) for rank in range(size)]
-    for rank in ranks:
-        rank.start()
+    ranks, results = _start(folder, run)
     try:
         found = {}
         for _ in ranks:
@@ -40,6 +34,31 @@ def run_ranks(folder: Path, run: StageRun, timeout: float = 120) -> StageResult:
             if rank.is_alive():
                 rank.kill()
     return found[0]
+
+
+def run_killed_ranks(folder: Path, run: StageRun, timeout: float = 120) -> None:
+    """Start ranks that the test has made to kill themselves, and see every one of them killed."""
+    ranks, _ = _start(folder, run)
+    try:
+        for rank in ranks:
+            rank.join(timeout)
+            assert rank.exitcode == -signal.SIGKILL, f"a rank ended with {rank.exitcode}"
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def _start(folder: Path, run: StageRun) -> tuple[list[Any], Any]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    results: multiprocessing.Queue[tuple[int, str, int]] = context.Queue()
+    size = run.processes_per_node
+    ranks = [context.Process(target=_rank, args=(folder, run, rank, size, port, results)) for rank in range(size)]
+    for rank in ranks:
+        rank.start()
+    return ranks, results
 
 
 def _rank(folder: Path, run: StageRun, rank: int, size: int, port: int, results: object) -> None:

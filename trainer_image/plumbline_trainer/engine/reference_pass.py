@@ -16,6 +16,7 @@ from plumbline_trainer.engine.reference_cache import ReferenceCache, ReferenceKe
 from plumbline_trainer.engine.references import References, by_prompt, row_keys, totals_by_key
 from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.engine.scoring import score_rows
+from plumbline_trainer.engine.sharding import shard
 from plumbline_trainer.engine.trained import policy_identity
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.models.adapters import adapters_disabled
@@ -62,7 +63,9 @@ def find_references(
 def _named_references(run: TrainingRun, policy: Policy, rows: Sequence[Encoded]) -> References:
     """Under the policy of another stage, which is loaded for this pass only."""
     context, training = run.context, run.training
-    reference = load_policy(context, context.input("reference"), precision=training.precision, device=context.device)
+    shards = training.sharding == "full" and run.ranks.size > 1
+    device = "cpu" if shards else context.device
+    reference = load_policy(context, context.input("reference"), precision=training.precision, device=device)
     if reference.tokenizer.digest != policy.tokenizer.digest:
         raise InputError(
             f'stage {context.run.stage}: the policy and the reference "{context.input("reference").name}" have '
@@ -70,6 +73,8 @@ def _named_references(run: TrainingRun, policy: Policy, rows: Sequence[Encoded])
         )
     scorer = Scorer(reference.model, precision=run.scorer.precision)
     scorer.eval()
+    if shards:
+        shard(scorer, run.ranks)
     scorer.path = choose_path(scorer, rows, {}, tokens=training.tokens_per_batch, ranks=run.ranks).path
     return _references(run, reference, scorer, rows)
 

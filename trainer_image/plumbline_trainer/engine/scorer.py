@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ class Scorer(nn.Module):
     The same batch gives the same numbers on either path, up to rounding.
     """
 
+    entries: ClassVar[tuple[str, ...]] = ("with_divergence",)
+    """Methods that run the model, beside `forward`: sharded weights are put together around them."""
+
     def __init__(self, model: PreTrainedModel, *, precision: str = "float32", path: Path = "fast") -> None:
         """Wrap a model.
 
@@ -49,6 +52,8 @@ class Scorer(nn.Module):
         self.model = model
         self.precision = precision
         self.path: Path = path
+        self.most: Callable[[int], int] | None = None
+        """Where weights are sharded, the largest of a count over ranks: all must run the model equally often."""
         register()
 
     def trainables(self) -> dict[str, nn.Parameter]:
@@ -58,6 +63,10 @@ class Scorer(nn.Module):
             InputError: if nothing is trained.
         """
         return self.model_trainables()
+
+    def has_trainables(self) -> bool:
+        """Whether any weight is trained."""
+        return any(parameter.requires_grad for parameter in self.parameters())
 
     def model_trainables(self) -> dict[str, nn.Parameter]:
         """Those of them that the model brought along or that an adapter adds to it."""
@@ -122,6 +131,7 @@ class Scorer(nn.Module):
         model = self.model
         around: list[tuple[Tensor, Tensor]] = []
         contexts = {context.row: context.places for context in batch.contexts}
+        runs = 0
         for answer in batch.answers:
             context = contexts.pop(answer.row, ())  # it belongs to the row's first answer
             if not answer.offsets and not context:
@@ -130,6 +140,7 @@ class Scorer(nn.Module):
             ids = torch.tensor([[*prompt, *answer.response.ids]], device=batch.input_ids.device)
             with self._arranged(plain_implementation(model), one_piece=False):
                 logits = model(input_ids=ids, use_cache=False).logits[0]
+            runs += 1
             own = [offset + len(prompt) for offset in answer.offsets]
             places = torch.tensor([*own, *context], device=ids.device)
             logs, targets = torch.log_softmax(logits[places - 1].float(), dim=-1), ids[0, places]
@@ -138,6 +149,16 @@ class Scorer(nn.Module):
             if context:
                 around.append((logs[len(own) :], targets[len(own) :]))
         yield from around
+        for ids in self._idle_runs(batch, runs):
+            with self._arranged(plain_implementation(model), one_piece=False):
+                logits = model(input_ids=ids, use_cache=False).logits[0]
+            yield torch.log_softmax(logits[:0].float(), dim=-1), ids[0, :0]
+
+    def _idle_runs(self, batch: PackedBatch, runs: int) -> Iterator[Tensor]:
+        """[1, 1] ids for as many further runs as another rank needs; their results are empty, with a gradient of 0."""
+        missing = 0 if self.most is None else self.most(runs) - runs
+        for _ in range(missing):
+            yield batch.input_ids.reshape(-1)[:1].reshape(1, 1)
 
     @contextmanager
     def _arranged(self, implementation: str, *, one_piece: bool) -> Iterator[None]:
@@ -155,7 +176,9 @@ class Scorer(nn.Module):
     def _autocast(self) -> AbstractContextManager[object]:
         if self.precision != "bfloat16":
             return nullcontext()
-        return torch.autocast(self.model.device.type, dtype=torch.bfloat16)
+        # Casts that are kept for the length of a call would keep every layer's weights.
+        kept = self.most is None
+        return torch.autocast(self.model.device.type, dtype=torch.bfloat16, cache_enabled=kept)
 
 
 def _smoothed(logs: Tensor, ids: Tensor, smoothing: float) -> Tensor:

@@ -12,9 +12,10 @@ from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.data.encode import EncodedRows
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.range_test import smoothed, suggest
+from plumbline_trainer.engine.sharding import whole
 from plumbline_trainer.models.adapters import adapter_of, attach_lora, save_adapter
 from plumbline_trainer.models.merging import LOST_PART_WARNING, stored_weights, weights_digest
-from plumbline_trainer.models.policy import Policy, digest_with, lost_part_advice, policy_meta
+from plumbline_trainer.models.policy import Policy, digest_with, load_policy, lost_part_advice, policy_meta
 from plumbline_trainer.models.quantization import quantize
 from plumbline_trainer.models.saving import save_full
 from plumbline_trainer.models.selection import module_names, select
@@ -33,6 +34,17 @@ def stage_parameters(context: StageContext, model: type[Parameters]) -> tuple[Pa
 def weights_precision(parameters: TrainingStage) -> str:
     """Type of the weights in memory: frozen ones in the stage's precision, trained ones float32."""
     return parameters.training.precision if parameters.lora is not None else "float32"
+
+
+def load_start(context: StageContext, parameters: TrainingStage) -> Policy:
+    """The policy that a stage starts from; one that is going to be sharded stays on the CPU until then."""
+    waits = parameters.training.sharding == "full" and context.world_size > 1
+    return load_policy(
+        context,
+        context.input("model"),
+        precision=weights_precision(parameters),
+        device="cpu" if waits else context.device,
+    )
 
 
 def make_trainable(policy: Policy, lora: Lora | None, seed: int, *, freeze: Freeze | None) -> PreTrainedModel:
@@ -63,7 +75,7 @@ def policy_identity(policy: Policy) -> str:
     if content is None and not lineage.adapters:
         content = lineage.base.get("digest") or lineage.base.get("manifestDigest")
     if content is None:  # a model that nobody pinned, or a chain whose merge nobody has recorded
-        content = weights_digest(stored_weights(policy.model).items())
+        content = weights_digest([(name, whole(weight)) for name, weight in stored_weights(policy.model).items()])
     return f"{content}/{policy.storage_dtype}/{policy.precision}/{policy.quantization or 'whole'}"
 
 
@@ -71,10 +83,11 @@ def save_policy(
     context: StageContext, run: TrainingRun, policy: Policy, lora: Lora | None, encoded: EncodedRows
 ) -> StageOutput | None:
     """Write what was trained, on rank 0: the adapter alone, or full weights; of a range test its report."""
+    if run.training.range_test is not None:
+        return save_range_test(context, run) if run.ranks.is_main else None
+    run.gather()
     if not run.ranks.is_main:
         return None
-    if run.training.range_test is not None:
-        return save_range_test(context, run)
     folder = context.scratch / "output"
     counts = row_counts(encoded)
     if lora is None:

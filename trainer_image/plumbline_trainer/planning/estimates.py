@@ -4,7 +4,8 @@ Memory of a training rank, in bytes: frozen weights in the resolved precision, 1
 weight, gradient and two AdamW moments), what penalties hold, activations of one micro-batch, and a constant for the
 runtime. Activations per token and layer: about 10 hidden vectors, the attention's projections and 3 vectors of the
 feed-forward width; with gradient checkpointing one hidden vector per layer and one layer in full. Logits are made in
-chunks and do not count.
+chunks and do not count. Sharded, a rank holds its part of what is said above, and the embeddings and two layers whole
+while they compute.
 
 Tokens are those that go through the model in training: of a row with several answers the prompt counts once, because
 the answers share it. What a frozen reference reads, once for all epochs, does not count.
@@ -95,7 +96,8 @@ def estimate(
         row = _longest_row(stage, rows, training.max_length)
         # A micro-batch is part of a step, and a row longer than the budget stands alone.
         longest = max(row, min(longest, row * training.global_batch))
-    return Estimate(steps, tokens, _training_memory(parameters, training, facts, longest), gpu_hours)
+    ranks = stage.resources.nodes * max(stage.resources.gpus_per_node or 1, 1) if training.sharding == "full" else 1
+    return Estimate(steps, tokens, _training_memory(parameters, training, facts, longest, ranks), gpu_hours)
 
 
 def _names(rows: SplitFindings) -> list[str]:
@@ -139,7 +141,8 @@ def whole_parameters(modules: list[str], facts: ModelFacts) -> int:
     return large * facts.vocabulary * facts.hidden
 
 
-def _training_memory(parameters: TrainingStage, training: Training, facts: ModelFacts, tokens: int) -> int:
+def _training_memory(parameters: TrainingStage, training: Training, facts: ModelFacts, tokens: int, parts: int) -> int:
+    """Of one rank, where weights are cut into so many parts."""
     width = 2 if training.precision == "bfloat16" else 4
     if parameters.lora is not None:
         lora = parameters.lora
@@ -148,10 +151,12 @@ def _training_memory(parameters: TrainingStage, training: Training, facts: Model
         )
         # Four bits and the scale of every 64 weights.
         frozen = facts.parameters * width if lora.quantization is None else round(facts.parameters * 0.56)
-        weights, held = frozen + 16 * trainable, 0
+        weights, held = frozen / parts + 16 * trainable, 0.0
     else:
         # Penalties hold a copy of the start.
-        weights, held = 16 * facts.parameters, 4 * facts.parameters
+        weights, held = 16 * facts.parameters / parts, 4 * facts.parameters / parts
+    if parts > 1:
+        weights += _put_together(parameters, training, facts, width)
     if training.l2sp is not None:
         weights += held
     if getattr(parameters, "ewc", None) is not None:
@@ -159,6 +164,19 @@ def _training_memory(parameters: TrainingStage, training: Training, facts: Model
     layer = _activations_per_layer(facts)
     per_token = facts.hidden * facts.layers + layer if training.gradient_checkpointing else layer * facts.layers
     return round(RUNTIME_BYTES + weights + tokens * per_token * width)
+
+
+def _put_together(parameters: TrainingStage, training: Training, facts: ModelFacts, width: int) -> float:
+    """Bytes that sharded weights take while they compute."""
+    around = facts.vocabulary * facts.hidden
+    open_ = around + 2 * max(facts.parameters - around, 0) / facts.layers
+    if parameters.lora is not None:
+        return open_ * width
+    # Float32 weights and their gradients before they are summed over ranks.
+    found = 8 * open_
+    if width == 2 and not training.gradient_checkpointing:
+        found += 2 * facts.parameters  # Autograd keeps the casts of all layers until the backward pass.
+    return found
 
 
 def _activations_per_layer(facts: ModelFacts) -> int:

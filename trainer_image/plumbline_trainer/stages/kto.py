@@ -17,15 +17,14 @@ from plumbline_trainer.engine.schedule import epoch_order, plan_steps
 from plumbline_trainer.engine.scorer import Scorer, prepare_modes
 from plumbline_trainer.engine.scoring import score_rows
 from plumbline_trainer.engine.trained import (
+    load_start,
     make_trainable,
     report_rows,
     save_policy,
     stage_parameters,
-    weights_precision,
 )
 from plumbline_trainer.engine.unpaired import DesirableAnswers, mismatched_rows
 from plumbline_trainer.errors import InputError
-from plumbline_trainer.models.policy import load_policy
 
 
 def run(context: StageContext) -> StageOutput | None:
@@ -37,9 +36,7 @@ def run(context: StageContext) -> StageOutput | None:
     training, lora = parameters.training, parameters.lora
     with joined_ranks(context.rank, context.world_size, context.device) as ranks:
         # Load
-        policy = load_policy(
-            context, context.input("model"), precision=weights_precision(parameters), device=context.device
-        )
+        policy = load_start(context, parameters)
         dataset, longest = context.input("dataset"), training.max_length
         encoded = encode_rows(
             load_rows(context, dataset, "train"), policy.tokenizer, method="unpaired", max_length=longest

@@ -20,14 +20,13 @@ from plumbline_trainer.engine.reward_pass import (
 from plumbline_trainer.engine.schedule import plan_steps
 from plumbline_trainer.engine.scorer import prepare_modes
 from plumbline_trainer.engine.trained import (
+    load_start,
     make_trainable,
     report_rows,
     save_range_test,
     stage_parameters,
-    weights_precision,
 )
 from plumbline_trainer.engine.values import ValueScorer, fresh_heads
-from plumbline_trainer.models.policy import load_policy
 from plumbline_trainer.models.selection import module_names, refuse_unread_head
 
 
@@ -37,9 +36,7 @@ def run(context: StageContext) -> StageOutput | None:
     training, lora = parameters.training, parameters.lora
     with joined_ranks(context.rank, context.world_size, context.device) as ranks:
         # Load
-        policy = load_policy(
-            context, context.input("model"), precision=weights_precision(parameters), device=context.device
-        )
+        policy = load_start(context, parameters)
         dataset, longest = context.input("dataset"), training.max_length
         encoded = encode_rows(
             load_rows(context, dataset, "train"), policy.tokenizer, method="score", max_length=longest

@@ -15,13 +15,12 @@ from plumbline_trainer.engine.objective import TokenLikelihood
 from plumbline_trainer.engine.schedule import plan_steps
 from plumbline_trainer.engine.scorer import Scorer, prepare_modes
 from plumbline_trainer.engine.trained import (
+    load_start,
     make_trainable,
     report_rows,
     save_policy,
     stage_parameters,
-    weights_precision,
 )
-from plumbline_trainer.models.policy import load_policy
 
 
 def run(context: StageContext) -> StageOutput | None:
@@ -30,9 +29,7 @@ def run(context: StageContext) -> StageOutput | None:
     training, lora = parameters.training, parameters.lora
     with joined_ranks(context.rank, context.world_size, context.device) as ranks:
         # Load
-        policy = load_policy(
-            context, context.input("model"), precision=weights_precision(parameters), device=context.device
-        )
+        policy = load_start(context, parameters)
         dataset, method, longest = context.input("dataset"), parameters.loss_on, training.max_length
         encoded = encode_rows(load_rows(context, dataset, "train"), policy.tokenizer, method=method, max_length=longest)
         held_out = encode_rows(
