@@ -34,10 +34,10 @@ from support.training_data import training_run
 LORA = {"rank": 4}
 EVERYTHING = {"rank": 4, "rsLora": True, "dora": True, "modulesToSave": ["embed_tokens", "lm_head", "norm"]}
 SETTINGS: dict[str, Any] = {
-    "rows": 17,
+    "rows": 12,
     "evaluation": 0.2,
-    "globalBatch": 5,
-    "maxSteps": 5,
+    "globalBatch": 4,
+    "maxSteps": 3,
     "epochs": 9,
     "learningRate": 1e-3,
     "schedule": {"warmupRatio": 0.0},
@@ -253,7 +253,7 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainingRun, "_take_step", watched)
 
 
-RESUMED: dict[str, Any] = {"checkpointEverySteps": 2, "selectBest": True, "evaluateEverySteps": 2, "weightDecay": 0.1}
+RESUMED: dict[str, Any] = {"checkpointEverySteps": 1, "selectBest": True, "evaluateEverySteps": 1, "weightDecay": 0.1}
 
 
 @pytest.mark.parametrize(("method", "lora"), [("sft", None), ("dpo", LORA), ("kto", None), ("rewardModel", None)])
@@ -265,10 +265,10 @@ def test_sharded_ranks_that_were_killed_end_with_the_same_bits(
     whole = outcome_of(tmp_path / "whole", whole_run)
     run = run_of(tmp_path / "killed", method, lora, **settings)
     with monkeypatch.context() as patch:
-        kill_at(3, patch)
+        kill_at(2, patch)
         run_killed_ranks(tmp_path / "killed" / "one", run)
     resumed = outcome_of(tmp_path / "killed" / "two", run)
-    assert manifest_of(run).metrics["steps"] == 5
+    assert manifest_of(run).metrics["steps"] == 3
     assert len(resumed.curve) < len(whole.curve), "it began at the checkpoint"
     assert resumed.weights.keys() == whole.weights.keys()
     assert all(torch.equal(resumed.weights[name], tensor) for name, tensor in whole.weights.items())
@@ -291,7 +291,7 @@ def test_a_checkpoint_is_taken_up_under_another_sharding(
     folder = tmp_path / "killed"
     first = run_of(folder, "dpo", lora, **RESUMED, **before)
     with monkeypatch.context() as patch:
-        kill_at(3, patch)
+        kill_at(2, patch)
         run_killed_ranks(folder / "one", first)
     second = run_of(folder, "dpo", lora, **RESUMED, **after)
     # Sharding is a parameter of the stage; here the same stage goes on under another one.
