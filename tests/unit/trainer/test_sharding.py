@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.fsdp  # noqa: F401 - before the ranks are forked, so that they need not import it
+import torch.distributed.fsdp  # before the ranks are forked, so that they need not import it
 from plumbline_api.errors import InputError
 from plumbline_api.methods import TRAINING_STAGES
 from plumbline_api.stagerun import StageRun
@@ -21,8 +21,8 @@ from plumbline_trainer.engine import loop
 from plumbline_trainer.engine.attention import FastPathError
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.pathcheck import PathChoice
-from plumbline_trainer.engine.sharding import _layers, is_sharded, own_part
 from plumbline_trainer.engine.scorer import Scorer
+from plumbline_trainer.engine.sharding import _layers, is_sharded, own_part
 from plumbline_trainer.storage.checkpoints import wait_for_uploads
 from pydantic import ValidationError
 from safetensors.torch import load_file
@@ -127,7 +127,11 @@ def assert_same(one: Outcome, other: Outcome) -> None:
 def test_four_ranks_and_any_accumulation_give_the_numbers_of_one(tmp_path: Path, method: str, alone: Any) -> None:
     """1 × 4 = 4 × 1: one micro-batch for the whole step, many of few tokens, and four ranks of which some idle."""
     one = alone(method, LORA)
-    for name, changes in (("4x1", {"processes": 4}), ("1x1", {"tokensPerBatch": 4096}), ("1xN", {"tokensPerBatch": 64})):
+    for name, changes in (
+        ("4x1", {"processes": 4}),
+        ("1x1", {"tokensPerBatch": 4096}),
+        ("1xN", {"tokensPerBatch": 64}),
+    ):
         folder = tmp_path / name
         assert_same(one, outcome_of(folder, run_of(folder, method, LORA, **changes)))
 
@@ -135,9 +139,7 @@ def test_four_ranks_and_any_accumulation_give_the_numbers_of_one(tmp_path: Path,
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
 @pytest.mark.parametrize("method", SHARDED)
-def test_sharded_ranks_give_the_numbers_of_one(
-    tmp_path: Path, method: str, lora: Any, ranks: int, alone: Any
-) -> None:
+def test_sharded_ranks_give_the_numbers_of_one(tmp_path: Path, method: str, lora: Any, ranks: int, alone: Any) -> None:
     run = run_of(tmp_path, method, lora, sharding="full", processes=ranks)
     assert_same(alone(method, lora), outcome_of(tmp_path, run))
     assert manifest_of(run).metrics["plainPath"] == 0
@@ -178,9 +180,7 @@ def test_what_a_stage_can_ask_for_is_the_same_on_three_sharded_ranks(
 
 
 @pytest.mark.parametrize(("method", "lora"), [("sft", None), ("dpo", LORA), ("rewardModel", None), ("orpo", LORA)])
-def test_the_plain_path_is_sharded_too(
-    tmp_path: Path, method: str, lora: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_plain_path_is_sharded_too(tmp_path: Path, method: str, lora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """There the model runs once per answer, and ranks have unequal numbers of them."""
     monkeypatch.setattr(loop, "choose_path", lambda *_args, **_more: PathChoice("plain", "asked for"))
     outcomes = []
@@ -304,7 +304,7 @@ def test_what_cannot_be_sharded_is_refused() -> None:
     base: dict[str, Any] = {"dataset": "data", "training": {"sharding": "full"}}
     with pytest.raises(ValidationError, match="ewc squares the gradient of every row"):
         TRAINING_STAGES["sft"].model_validate({**base, "ewc": {"dataset": "other"}})
-    with pytest.raises(ValidationError, match="lora.quantization packs them in blocks"):
+    with pytest.raises(ValidationError, match=r"lora\.quantization packs them in blocks"):
         TRAINING_STAGES["dpo"].model_validate({**base, "lora": {"rank": 4, "quantization": "nf4"}})
 
 

@@ -130,7 +130,7 @@ class Optimizer:
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
-        """Moments by parameter name, for a checkpoint: `<name>/exp_avg`, `<name>/exp_avg_sq`; sharded as the weights."""
+        """Moments by parameter name, for a checkpoint: `<name>/exp_avg`, `<name>/exp_avg_sq`; sharded as they are."""
         return {
             f"{name}/{moment}": sharded_like(self.adamw.state[self.own[name]][moment], parameter)
             for name, parameter in self.trainables.items()

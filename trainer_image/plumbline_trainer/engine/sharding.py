@@ -1,8 +1,8 @@
 """Sharding by FSDP2: every rank keeps a part of each weight, and a layer is put together while it computes.
 
-A sharded tensor is cut into rows, ⌈rows / ranks⌉ for each rank from the first; the last ranks may have none. With a full
-fine-tuning all weights, their gradients and moments are sharded. With an adapter the frozen weights are, and what is
-trained stays whole on every rank.
+A sharded tensor is cut into rows, ⌈rows / ranks⌉ for each rank from the first; the last ranks may have none. Without an
+adapter all weights, their gradients and moments are sharded. With one the frozen weights are, and what is trained stays
+whole on every rank.
 
 Nothing here does anything to tensors that are not sharded, so that callers need not ask.
 """
@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.layers import layer_stack
@@ -28,8 +31,8 @@ if TYPE_CHECKING:
 def shard(scorer: Scorer, ranks: Ranks) -> None:
     """Share a model's weights out over the ranks, in place; one rank keeps them all.
 
-    The model may lie on the CPU: layer by layer it moves to the ranks' device. From now on all ranks must run it equally
-    often, and gradients of sharded weights are summed over ranks by every backward pass.
+    The model may lie on the CPU: layer by layer it moves to the ranks' device. From now on all ranks must run it
+    equally often, and gradients of sharded weights are summed over ranks by every backward pass.
 
     Raises:
         InputError: if the model has no list of layers, or layers that share weights.
@@ -37,9 +40,6 @@ def shard(scorer: Scorer, ranks: Ranks) -> None:
     if ranks.size == 1:
         scorer.to(ranks.device)
         return
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-
     layers = _layers(scorer)
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     whole = _stays_whole(scorer)
@@ -93,16 +93,12 @@ def _stays_whole(scorer: Scorer) -> set[nn.Parameter]:
 
 def start_over(scorer: Scorer) -> None:
     """Make a sharded model usable again after a forward pass that failed."""
-    from torch.distributed.fsdp import FSDPModule
-
     if isinstance(scorer, FSDPModule):
         scorer.reset_iter_state()
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether this rank has only a part of a tensor."""
-    from torch.distributed.tensor import DTensor
-
     return isinstance(tensor, DTensor)
 
 
@@ -111,8 +107,7 @@ def own_part(tensor: Tensor) -> Tensor:
     """The rows of a tensor that this rank keeps, in the same memory; all of one that is not sharded."""
     if not is_sharded(tensor):
         return tensor
-    part: Tensor = _as_any(tensor).to_local()
-    return part.detach()
+    return tensor.to_local().detach()
 
 
 @torch.no_grad()
@@ -120,15 +115,14 @@ def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, on its device. Every rank must ask."""
     if not is_sharded(tensor):
         return tensor
-    found: Tensor = _as_any(tensor).full_tensor()
-    return found
+    return tensor.full_tensor()
 
 
 @torch.no_grad()
 def put(target: Tensor, value: Tensor) -> None:
     """Write a whole value into a tensor; of a sharded one each rank writes its rows."""
     if is_sharded(target):
-        mesh = _as_any(target).device_mesh
+        mesh = target.device_mesh
         rows = math.ceil(len(value) / mesh.size())
         start = mesh.get_local_rank() * rows
         value = value[start : start + rows]
@@ -139,11 +133,8 @@ def sharded_like(part: Tensor, like: Tensor) -> Tensor:
     """A tensor of which this rank keeps a part, cut as another one is; the part itself where that one is not cut."""
     if not is_sharded(like):
         return part
-    from torch.distributed.tensor import DTensor
-
-    other = _as_any(like)
     return DTensor.from_local(
-        part, other.device_mesh, other.placements, run_check=False, shape=like.shape, stride=like.stride()
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
 
 
@@ -181,7 +172,3 @@ def total(figures: Iterable[tuple[Tensor, Tensor]]) -> float:
     over_ranks = sums[parts].sum()
     dist.all_reduce(over_ranks)
     return float(over_ranks + sums[~parts].sum())
-
-
-def _as_any(tensor: Any) -> Any:
-    return tensor
