@@ -13,23 +13,28 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.fsdp  # before the ranks are forked, so that they need not import it
 from plumbline_api.errors import InputError
 from plumbline_api.methods import TRAINING_STAGES
 from plumbline_api.stagerun import StageRun
+from plumbline_api.training import Schedule, Training
 from plumbline_trainer.engine import loop
 from plumbline_trainer.engine.attention import FastPathError
+from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.loop import TrainingRun
+from plumbline_trainer.engine.optimizer import Optimizer
 from plumbline_trainer.engine.pathcheck import PathChoice
 from plumbline_trainer.engine.scorer import Scorer
-from plumbline_trainer.engine.sharding import _layers, is_sharded, own_part
+from plumbline_trainer.engine.sharding import _layers, gathered, is_sharded, own_part, put, sharded_like, whole
 from plumbline_trainer.storage.checkpoints import wait_for_uploads
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from support.ranks import run_killed_ranks, run_ranks
+from support.ranks import in_ranks, run_killed_ranks, run_ranks
 from support.tiny import make_model
-from support.trainer import manifest_of, output_folder
+from support.trainer import manifest_of, output_folder, output_of
 from support.training_data import training_run
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 LORA = {"rank": 4}
 EVERYTHING = {"rank": 4, "rsLora": True, "dora": True, "modulesToSave": ["embed_tokens", "lm_head", "norm"]}
@@ -298,6 +303,75 @@ def test_a_checkpoint_is_taken_up_under_another_sharding(
     resumed = outcome_of(folder / "two", second.model_copy(update={"fingerprint": first.fingerprint}))
     assert 0 < len(resumed.curve) < len(whole.curve), "it began at the checkpoint"
     assert_same(Outcome(whole.curve[-len(resumed.curve) :], whole.weights), resumed)
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+def test_a_later_stage_takes_what_sharded_ranks_wrote(tmp_path: Path, lora: Any, alone: Any) -> None:
+    """Loading checks the digest of the merged weights, which rank 0 took from a model put together."""
+    run = run_of(tmp_path, "sft", lora, sharding="full", processes=2)
+    run_ranks(tmp_path, run)
+    assert manifest_of(run).meta["form"] == ("adapter" if lora else "full")
+    next_run = run_of(tmp_path, "dpo", LORA, sharding="full", processes=2)
+    inputs = [output_of(run), *next_run.inputs[1:], next_run.inputs[0].model_copy(update={"role": "reference"})]
+    outcomes = []
+    for processes in (1, 2):
+        changed = next_run.model_copy(update={"inputs": inputs, "processes_per_node": processes})
+        changed = changed.model_copy(update={"fingerprint": f"{processes}" * 64})
+        outcomes.append(outcome_of(tmp_path / f"next-{processes}", changed))
+    assert_same(*outcomes)
+    assert outcomes[0].curve[0]["rewardMargin"] != 0, "the reference is another model"
+
+
+@pytest.mark.parametrize("lora", [EVERYTHING, None], ids=["lora", "full"])
+def test_bfloat16_is_sharded_within_its_rounding(tmp_path: Path, lora: Any) -> None:
+    outcomes = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        changes: dict[str, Any] = {"precision": "bfloat16", "dtype": "bfloat16", "processes": processes}
+        outcomes.append(outcome_of(folder, run_of(folder, "sft", lora, sharding="full", **changes)))
+    for one, other in zip(*(outcome.curve for outcome in outcomes), strict=True):
+        for name in {"loss", "evalLoss"} & one.keys():
+            assert one[name] == pytest.approx(other[name], rel=2e-3)
+
+
+def test_rows_are_cut_and_put_together_also_where_a_rank_gets_none() -> None:
+    """1, 2, 5 and 9 rows on four ranks: ⌈rows / 4⌉ each from the first."""
+    sizes = {"one": (1, 3), "two": (2,), "five": (5, 2), "nine": (9,)}
+
+    def work(ranks: Ranks) -> Any:
+        module = nn.Module()
+        for name, size in sizes.items():
+            module.register_parameter(name, nn.Parameter(torch.zeros(size)))
+        fully_shard(module, mesh=init_device_mesh("cpu", (ranks.size,)))
+        trained = dict(module.named_parameters())
+        optimizer = Optimizer(trained, Training(learning_rate=0.5, schedule=Schedule(warmup_ratio=0.0)), steps=2)
+        for name, parameter in trained.items():
+            value = torch.arange(float(math.prod(sizes[name]))).reshape(sizes[name])
+            put(parameter, value)
+            assert torch.equal(whole(parameter), value)
+            parameter.grad = sharded_like(own_part(value_like(parameter, 2.0)), parameter)
+        norm = optimizer.step(ranks)
+        moved = gathered(trained, keeps=ranks.is_main)
+        kept = {name: len(own_part(parameter)) for name, parameter in trained.items()}
+        return norm, {name: tensor.tolist() for name, tensor in moved.items()}, kept
+
+    def value_like(parameter: torch.Tensor, value: float) -> torch.Tensor:
+        return torch.full_like(own_part(parameter), value)
+
+    found = in_ranks(4, work)
+    assert [kept for _, _, kept in found] == [
+        {"one": 1, "two": 1, "five": 2, "nine": 3},
+        {"one": 0, "two": 1, "five": 2, "nine": 3},
+        {"one": 0, "two": 0, "five": 1, "nine": 3},
+        {"one": 0, "two": 0, "five": 0, "nine": 0},
+    ]
+    numbers = sum(math.prod(size) for size in sizes.values())
+    assert [norm for norm, _, _ in found] == [pytest.approx(2.0 * math.sqrt(numbers))] * 4
+    first, *others = (moved for _, moved, _ in found)
+    assert others == [{}] * 3
+    # Adam's first step is the learning rate, whatever the gradient.
+    assert first["nine"] == pytest.approx([index - 0.5 for index in range(9)])
+    assert first["five"][4] == pytest.approx([7.5, 8.5])
 
 
 def test_what_cannot_be_sharded_is_refused() -> None:

@@ -65,6 +65,8 @@ class TrainingRun:
         self.plan, self.rows, self.training = plan, rows, training
         if training.sharding == "full":
             shard(scorer, ranks)
+            if ranks.size == 1:
+                context.log.info("training.sharding: one rank keeps everything")
         self.trainables = scorer.trainables()
         depths = None if training.layer_decay is None else layer_depths(scorer.model)
         self.optimizer = Optimizer(self.trainables, training, plan.steps, depths)

@@ -64,10 +64,6 @@ class Scorer(nn.Module):
         """
         return self.model_trainables()
 
-    def has_trainables(self) -> bool:
-        """Whether any weight is trained."""
-        return any(parameter.requires_grad for parameter in self.parameters())
-
     def model_trainables(self) -> dict[str, nn.Parameter]:
         """Those of them that the model brought along or that an adapter adds to it."""
         return named_trainables(self.model)

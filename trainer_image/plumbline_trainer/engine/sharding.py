@@ -81,8 +81,7 @@ def _layers(scorer: Scorer) -> list[nn.Module]:
 
 def _stays_whole(scorer: Scorer) -> set[nn.Parameter]:
     """What every rank keeps: all that is trained beside frozen weights, new heads, and what has no rows."""
-    trained = scorer.model_trainables() if scorer.has_trainables() else {}
-    adapted = any(".lora_" in name for name in trained)
+    adapted = any(".lora_" in name for name, _ in scorer.model.named_parameters())
     own = {id(parameter) for parameter in scorer.model.parameters()}
     return {
         parameter

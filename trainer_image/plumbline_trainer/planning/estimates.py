@@ -96,8 +96,18 @@ def estimate(
         row = _longest_row(stage, rows, training.max_length)
         # A micro-batch is part of a step, and a row longer than the budget stands alone.
         longest = max(row, min(longest, row * training.global_batch))
-    ranks = stage.resources.nodes * max(stage.resources.gpus_per_node or 1, 1) if training.sharding == "full" else 1
-    return Estimate(steps, tokens, _training_memory(parameters, training, facts, longest, ranks), gpu_hours)
+    parts = _ranks(stage) if training.sharding == "full" else 1
+    return Estimate(steps, tokens, _training_memory(parameters, training, facts, longest, parts), gpu_hours)
+
+
+def can_be_sharded(stage: StageRecord) -> bool:
+    """Whether a stage has several ranks to share weights out over, and does not."""
+    training = stage.parameters.get("training", {})
+    return stage.type in TRAINING_STAGES and training.get("sharding", "none") == "none" and _ranks(stage) > 1
+
+
+def _ranks(stage: StageRecord) -> int:
+    return stage.resources.nodes * max(stage.resources.gpus_per_node or 1, 1)
 
 
 def _names(rows: SplitFindings) -> list[str]:
