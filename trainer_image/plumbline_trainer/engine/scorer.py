@@ -127,16 +127,15 @@ class Scorer(nn.Module):
         model = self.model
         around: list[tuple[Tensor, Tensor]] = []
         contexts = {context.row: context.places for context in batch.contexts}
-        runs = 0
-        for answer in batch.answers:
-            context = contexts.pop(answer.row, ())  # it belongs to the row's first answer
-            if not answer.offsets and not context:
-                continue
+        # A row's context belongs to its first answer.
+        runs = [(answer, contexts.pop(answer.row, ())) for answer in batch.answers]
+        runs = [(answer, context) for answer, context in runs if answer.offsets or context]
+        idle = self._idle_runs(batch, len(runs))
+        for answer, context in runs:
             prompt = batch.rows[answer.row].prompt
             ids = torch.tensor([[*prompt, *answer.response.ids]], device=batch.input_ids.device)
             with self._arranged(plain_implementation(model), one_piece=False):
                 logits = model(input_ids=ids, use_cache=False).logits[0]
-            runs += 1
             own = [offset + len(prompt) for offset in answer.offsets]
             places = torch.tensor([*own, *context], device=ids.device)
             logs, targets = torch.log_softmax(logits[places - 1].float(), dim=-1), ids[0, places]
@@ -145,16 +144,18 @@ class Scorer(nn.Module):
             if context:
                 around.append((logs[len(own) :], targets[len(own) :]))
         yield from around
-        for ids in self._idle_runs(batch, runs):
+        for ids in idle:
             with self._arranged(plain_implementation(model), one_piece=False):
                 logits = model(input_ids=ids, use_cache=False).logits[0]
             yield torch.log_softmax(logits[:0].float(), dim=-1), ids[0, :0]
 
-    def _idle_runs(self, batch: PackedBatch, runs: int) -> Iterator[Tensor]:
-        """[1, 1] ids for as many further runs as another rank needs; their results are empty, with a gradient of 0."""
+    def _idle_runs(self, batch: PackedBatch, runs: int) -> list[Tensor]:
+        """[1, 1] ids for each further run of the model that another rank needs. Ask before the first run.
+
+        Nothing is taken from their outputs; an empty part of them brings the gradient 0.
+        """
         missing = 0 if self.most is None else self.most(runs) - runs
-        for _ in range(missing):
-            yield batch.input_ids.reshape(-1)[:1].reshape(1, 1)
+        return [batch.input_ids.reshape(-1)[:1].reshape(1, 1)] * missing
 
     @contextmanager
     def _arranged(self, implementation: str, *, one_piece: bool) -> Iterator[None]:
