@@ -153,11 +153,10 @@ def gather_model(model: nn.Module, *, keeps: bool) -> None:
     known: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if not is_sharded(parameter):
-                continue
             if id(parameter) not in known:
                 together = whole(parameter)
-                known[id(parameter)] = nn.Parameter(together.cpu(), requires_grad=False) if keeps else parameter
+                taken = keeps and together is not parameter
+                known[id(parameter)] = nn.Parameter(together.cpu(), requires_grad=False) if taken else parameter
             module._parameters[name] = known[id(parameter)]
 
 
