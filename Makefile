@@ -6,6 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PPO_PEER := .venv-ppo
 STORAGE ?= runs
 CACHE := $(if $(PLUMBLINE_CACHE),$(PLUMBLINE_CACHE),$(HOME)/.cache/plumbline)
 UV := $(BIN)/uv --quiet
@@ -35,10 +36,16 @@ $(VENV)/.dev: requirements/all.txt $(VENV)/.run
 	$(UV) pip install -r requirements/all.txt
 	@touch $@
 
+# trl's last release with PPO, for parity and the benchmark; it cannot stand beside the one that the other methods use.
+$(PPO_PEER)/.made: requirements/ppo-peer.txt | $(BIN)/uv
+	$(UV) venv --clear --python $(BIN)/python $(PPO_PEER)
+	$(UV) pip install --python $(PPO_PEER)/bin/python -r requirements/ppo-peer.txt
+	@touch $@
+
 quickstart: $(VENV)/.run ## Train, merge and evaluate a small model on this machine, then write a report
 	$(BIN)/plumbline run examples/01-quickstart/pipeline.yaml --storage $(STORAGE)
 
-test: $(VENV)/.dev ## Every test this machine can run; says what was left out and why
+test: $(VENV)/.dev $(PPO_PEER)/.made ## Every test this machine can run; says what was left out and why
 	hack/run-tests
 
 test-unit: $(VENV)/.dev ## Tests that need no cluster and no network
@@ -77,13 +84,15 @@ e2e: $(VENV)/.dev ## Tests on the real node with real images, S3 and Helm
 bench: $(VENV)/.dev ## Measure hand-over, operator memory, checkpoint transfer and the quickstart
 	$(BIN)/python -m tests.bench
 
-bench-trainer: $(VENV)/.dev ## Measure the training engine beside trl; BENCH="--methods dpo --rows 32" asks for less
+bench-trainer: $(VENV)/.dev $(PPO_PEER)/.made ## Measure the training engine beside trl; BENCH="--methods dpo --rows 32" asks for less
 	$(BIN)/python -m tests.bench.trainer $(BENCH)
 
 lock: $(BIN)/uv ## Pin the dependencies anew
 	$(UV) pip compile pyproject.toml --all-extras --group dev --python-version 3.11 --no-header --no-annotate -o requirements/all.txt
 	$(UV) pip compile pyproject.toml --extra operator -c requirements/all.txt --python-version 3.11 --no-header --no-annotate -o requirements/operator.txt
 	$(UV) pip compile pyproject.toml --extra trainer --extra demo -c requirements/all.txt --python-version 3.11 --no-header --no-annotate -o requirements/trainer.txt
+	grep -v '^trl==' requirements/all.txt > $(VENV)/shared.txt
+	$(UV) pip compile requirements/ppo-peer.in -c $(VENV)/shared.txt --python-version 3.11 --no-header --no-annotate -o requirements/ppo-peer.txt
 
 clean: ## Remove the environment and what runs wrote here
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PPO_PEER) runs .pytest_cache .mypy_cache .ruff_cache

@@ -26,6 +26,7 @@ DatasetFormat = Literal[
     "preference",
     "unpaired",
     "ranked",
+    "prompt",
 ]
 """How the rows of a dataset are written. `auto` is `dataset<unknown>` until preflight has read it.
 
@@ -37,6 +38,7 @@ DatasetFormat = Literal[
 - promptCompletion: `{prompt, completion}`, each text or messages
 - preference: `{prompt, chosen, rejected, margin?}`, each text or messages; without `prompt` the common beginning is the prompt
 - ranked: `{prompt, completions}`, best first, or each `{text, rank}` or `{text, score}`; as pairs: the best against the worst
+- prompt: `{prompt}` alone, text or messages, to be answered
 - unpaired: `{prompt, completion, label}`; the label says whether the completion is desirable: true or false, or 1 or 0
 """
 
@@ -51,6 +53,10 @@ RANKING_FORMATS = PREFERENCE_FORMATS
 """Formats that put the answers to one prompt in an order."""
 UNPAIRED_FORMATS = frozenset({"unpaired"}) | PREFERENCE_FORMATS
 """Formats that say of an answer whether it is desirable; of a pair, the chosen one is and the rejected one is not."""
+PROMPT_FORMATS = SUPERVISED_FORMATS | PREFERENCE_FORMATS | {"unpaired", "prompt"}
+"""Formats with a prompt that a policy can answer; the answer of a row, where it has one, is there to compare with."""
+REFERENCE_FORMATS = SUPERVISED_FORMATS | PREFERENCE_FORMATS
+"""Formats whose rows hold an answer to compare with; that of an unpaired row may be an undesirable one."""
 LIKELIHOOD_FORMATS = SUPERVISED_FORMATS | TEXT_FORMATS | PREFERENCE_FORMATS
 """Formats with tokens whose likelihood can be measured; of preference and ranked rows, the chosen or best answer."""
 
@@ -64,6 +70,7 @@ FORMAT_DESCRIPTIONS: dict[str, str] = {
     "preference": "preference rows (prompt, chosen, rejected)",
     "unpaired": "unpaired rows (prompt, completion, label)",
     "ranked": "ranked rows (prompt, completions)",
+    "prompt": "prompts without answers (prompt)",
     "auto": "rows of a format that preflight detects",
 }
 
@@ -78,5 +85,6 @@ FORMAT_FIELDS: dict[str, tuple[str, ...]] = {
     "preference": ("chosen", "rejected", "prompt", "margin", *_COMMON_FIELDS),
     "unpaired": ("prompt", "completion", "label", *_COMMON_FIELDS),
     "ranked": ("prompt", "completions", *_COMMON_FIELDS),
+    "prompt": ("prompt", *_COMMON_FIELDS),
 }
 """Fields of a format's rows, for which `columns` may name other columns."""

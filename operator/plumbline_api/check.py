@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
+from plumbline_api.abort_rules import check_abort_rules
 from plumbline_api.artifacts import FORMAT_DESCRIPTIONS, FORMAT_FIELDS, ArtifactKind
 from plumbline_api.errors import Problem
 from plumbline_api.graph import BASE_MODEL, Reference, find_cycle, references, yields
@@ -14,7 +15,8 @@ from plumbline_api.methods import EVALUATION_FIGURES
 from plumbline_api.names import IMPLICIT_STAGES
 from plumbline_api.pipeline import AlignmentPipeline, Dataset, PipelineSpec, Storage
 from plumbline_api.quantities import parse_quantity
-from plumbline_api.runtime import AlignmentRuntime
+from plumbline_api.rewarding import check_local_endpoints, check_reward_references, rewards_of
+from plumbline_api.runtime import AlignmentRuntime, RewardEndpoint
 from plumbline_api.stages import BASED_METHODS, MERGE_DEFAULTS, STAGE_TYPES
 from plumbline_api.training import EarlyStopping, Training
 
@@ -27,12 +29,17 @@ DATASET_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt", ".md")
 
 
 def check(
-    pipeline: AlignmentPipeline, runtime: AlignmentRuntime | None = None, *, place: Place = "anywhere"
+    pipeline: AlignmentPipeline,
+    runtime: AlignmentRuntime | None = None,
+    *,
+    place: Place = "anywhere",
+    local_endpoints: Sequence[RewardEndpoint] = (),
 ) -> list[Problem]:
     """Everything that is wrong with a pipeline, with field paths and remedies; empty when it fits.
 
     With a runtime its limits and allow-lists are checked as well. `place` says where it will run: files of this
-    machine are for local runs only, storage must come from somewhere on a cluster.
+    machine are for local runs only, storage must come from somewhere on a cluster. `local_endpoints` are the reward
+    endpoints that a local run knows of.
     """
     spec = pipeline.spec
     problems = [*_check_names(spec)]
@@ -44,6 +51,8 @@ def check(
             *_check_evaluation_splits(spec),
             *_check_columns(spec),
             *_check_gates(spec),
+            *check_abort_rules(spec),
+            *check_reward_references(spec),
         ]
     if not problems and (cycle := find_cycle(spec)) is not None:
         index = next(i for i, stage in enumerate(spec.stages) if stage.name == cycle[0])
@@ -54,6 +63,8 @@ def check(
             )
         )
     problems += _check_sources(spec, place)
+    if runtime is None and place == "local":
+        problems += check_local_endpoints(spec, local_endpoints)
     if place != "local":
         problems += _check_storage(spec, runtime, place)
     if runtime is not None:
@@ -244,6 +255,9 @@ def _unknown(path: str, name: str, noun: str, known: list[str], *, is_other: boo
 
 def _check_sources(spec: PipelineSpec, place: Place) -> Iterator[Problem]:
     yield from _check_model_source("spec.model.source", spec.model.source, place)
+    for path, reward in rewards_of(spec):
+        if reward.model is not None:
+            yield from _check_model_source(f"{path}.model", reward.model, place)
     for index, stage in enumerate(spec.stages):
         if stage.evaluate is not None:
             for number, suite in enumerate(stage.evaluate.suites):
@@ -349,6 +363,7 @@ def check_permissions(pipeline: AlignmentPipeline, runtime: AlignmentRuntime) ->
                 if suite.win_rate is not None and suite.win_rate.judge.model is not None:
                     path = f"spec.stages[{index}].evaluate.suites[{number}].winRate.judge.model.source"
                     sources.append((path, suite.win_rate.judge.model.source))
+    sources += [(f"{path}.model", reward.model) for path, reward in rewards_of(spec) if reward.model is not None]
     for path, source in sources:
         if not runtime.allows(allow.model_sources, source, namespace):
             refuse(path, source, "the model source", allow.model_sources)
@@ -372,6 +387,12 @@ def check_permissions(pipeline: AlignmentPipeline, runtime: AlignmentRuntime) ->
             and spec.storage.secret_name not in allow.secret_names
         ):
             refuse("spec.storage.secretName", spec.storage.secret_name, "the secret", allow.secret_names)
+    for path, reward in rewards_of(spec):
+        if reward.function is not None and reward.function not in (allow.reward_functions or []):
+            refuse(f"{path}.function", reward.function, "the reward function", allow.reward_functions)
+        endpoints = [endpoint.name for endpoint in offer.reward_endpoints]
+        if reward.endpoint is not None and reward.endpoint not in endpoints:
+            refuse(f"{path}.endpoint", reward.endpoint, "the reward endpoint", endpoints)
     problems += _check_limits(spec, runtime)
     return problems
 

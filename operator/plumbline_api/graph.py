@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from plumbline_api.artifacts import ArtifactKind
+from plumbline_api.artifacts import PREFERENCE_FORMATS, ArtifactKind
 from plumbline_api.methods import LikelihoodStage
+from plumbline_api.online import OnlineStage
 from plumbline_api.pipeline import PipelineSpec
 from plumbline_api.stages import (
     BASED_METHODS,
@@ -27,7 +28,7 @@ class Reference:
     """A name that a stage uses for an input."""
 
     role: str
-    """`model`, `models.N`, `base`, `reference`, `baseline`, `dataset`, `rehearsal.N.dataset`, `ewc.dataset`, `suites.N.dataset` or `suites.N.judge`."""
+    """`model`, `models.N`, `base`, `reference`, `baseline`, `dataset`, `prompts`, `rewards.N.stage`, `critic.start`, `sycophancy.dataset`, `rehearsal.N.dataset`, `ewc.dataset`, `suites.N.dataset` or `suites.N.judge`."""
     field: str
     """Path of the field below `spec.`."""
     target: str
@@ -66,7 +67,9 @@ def references(spec: PipelineSpec, index: int) -> Iterator[Reference]:
         return
     kind, value, here = STAGE_TYPES[stage.type], stage.value, f"spec.stages[{index}]"
     yield Reference("model", f"{here}.model", start_of(spec, index), ArtifactKind.POLICY, implied=stage.model is None)
-    if kind.dataset_formats is not None:
+    if isinstance(value, OnlineStage):
+        yield from _online_inputs(value, f"{here}.{stage.type}", kind.dataset_formats or frozenset())
+    elif kind.dataset_formats is not None:
         yield Reference(
             "dataset", f"{here}.{stage.type}.dataset", value.dataset, ArtifactKind.DATASET, kind.dataset_formats
         )
@@ -114,6 +117,28 @@ def references(spec: PipelineSpec, index: int) -> Iterator[Reference]:
                     suite.win_rate.judge.stage,
                     ArtifactKind.REWARD_MODEL,
                 )
+
+
+def _online_inputs(stage: OnlineStage, here: str, formats: frozenset[str]) -> Iterator[Reference]:
+    """What a stage that samples reads besides the policy and its reference."""
+    yield Reference("prompts", f"{here}.prompts", stage.prompts, ArtifactKind.DATASET, formats)
+    for number, reward in enumerate(stage.rewards):
+        if reward.stage is not None:
+            yield Reference(
+                f"rewards.{number}.stage", f"{here}.rewards[{number}].stage", reward.stage, ArtifactKind.REWARD_MODEL
+            )
+    critic = getattr(stage, "critic", None)
+    if critic is not None and critic.start is not None:
+        yield Reference("critic.start", f"{here}.critic.start", critic.start, ArtifactKind.REWARD_MODEL)
+    if stage.sycophancy is not None and stage.sycophancy.dataset is not None:
+        yield Reference(
+            "sycophancy.dataset",
+            f"{here}.sycophancy.dataset",
+            stage.sycophancy.dataset,
+            ArtifactKind.DATASET,
+            PREFERENCE_FORMATS,
+            split="test",
+        )
 
 
 def _merged_models(merge: Merge, here: str) -> Iterator[Reference]:

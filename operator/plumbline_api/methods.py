@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from plumbline_api.base import Contract, Name
-from plumbline_api.training import Training, TrainingStage
+from plumbline_api.online import ONLINE_LEARNING_RATES, ONLINE_STAGES
+from plumbline_api.training import Training, TrainingStage, TunedStage
 
 
 class Rehearsal(Contract):
@@ -240,7 +241,7 @@ class Kto(TrainingStage):
     """Stage whose policy is the reference. Absent: the policy at the start of this stage."""
 
 
-TRAINING_STAGES: dict[str, type[TrainingStage]] = {
+GIVEN_ROWS: dict[str, type[TrainingStage]] = {
     "pretrain": Pretrain,
     "sft": Sft,
     "rewardModel": RewardModel,
@@ -251,6 +252,8 @@ TRAINING_STAGES: dict[str, type[TrainingStage]] = {
     "cpo": Cpo,
     "rrhf": Rrhf,
 }
+"""Parameters of the stages that train on rows of a dataset, by stage type."""
+TRAINING_STAGES: dict[str, type[TunedStage]] = {**GIVEN_ROWS, **ONLINE_STAGES}
 """Parameters of the stages that train, by stage type."""
 
 DEFAULT_LEARNING_RATES: dict[str, tuple[float, float]] = {
@@ -263,6 +266,7 @@ DEFAULT_LEARNING_RATES: dict[str, tuple[float, float]] = {
     "simpo": (5e-6, 1e-6),
     "cpo": (5e-6, 1e-6),
     "rrhf": (5e-6, 1e-6),
+    **dict.fromkeys(ONLINE_STAGES, ONLINE_LEARNING_RATES),
 }
 """Peak learning rate with LoRA and without, by stage type."""
 

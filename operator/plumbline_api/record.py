@@ -8,7 +8,7 @@ from plumbline_api.base import Contract
 from plumbline_api.evaluation import Gate
 from plumbline_api.fingerprint import digest_of, without_names
 from plumbline_api.pipeline import Storage
-from plumbline_api.runtime import RuntimeSpec
+from plumbline_api.runtime import RewardEndpoint, RuntimeSpec
 from plumbline_api.stages import Resources, RuntimeClass
 
 CONTRACT_VERSION = 1
@@ -19,9 +19,9 @@ class ExternalInput(Contract):
     """Something from outside the pipeline that stages read. Its digest is pinned by preflight."""
 
     name: str
-    """`model`, `dataset/<name>` or `judge/<stage>/<suite index>`."""
-    kind: Literal["policy", "dataset"]
-    """What it is."""
+    """`model`, `dataset/<name>`, `judge/<stage>/<suite index>`, `reward/<stage>/<index>`, `function/…`, `endpoint/<name>`."""
+    kind: Literal["policy", "dataset", "classifier", "function", "endpoint"]
+    """What it is: a language model, rows, or what scores answers: a sequence classifier, Python source, a service."""
     uri: str
     """Where it lies."""
     settings: dict[str, Any] = {}
@@ -100,6 +100,8 @@ class RunRecord(Contract):
     """Runtime in use; None for local runs."""
     runtime: RuntimeSpec | None = None
     """The runtime as it was then."""
+    endpoints: list[RewardEndpoint] | None = None
+    """Reward endpoints that the stages name."""
     external_inputs: list[ExternalInput]
     """Inputs from outside, the model first."""
     stages: list[StageRecord]
@@ -108,6 +110,11 @@ class RunRecord(Contract):
     def stage(self, name: str) -> StageRecord:
         """The stage of a name."""
         return next(stage for stage in self.stages if stage.name == name)
+
+    def endpoints_of(self, name: str) -> list[RewardEndpoint] | None:
+        """The reward endpoints that a stage asks."""
+        asked = {item.get("endpoint") for item in self.stage(name).parameters.get("rewards") or []}
+        return [item for item in self.endpoints or [] if item.name in asked] or None
 
     def digest(self) -> str:
         """Identity of the record."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plumbline_api.artifacts import ArtifactKind
 from plumbline_api.base import EXTERNAL_INPUTS_MAX
 from plumbline_api.check import Place, check
 from plumbline_api.errors import ManifestError, Problem
+from plumbline_api.evaluation import Gate
 from plumbline_api.graph import BASE_MODEL, dependencies, references
 from plumbline_api.methods import DEFAULT_LEARNING_RATES
+from plumbline_api.online import ABORTED, FUNCTION_SCHEME, Ppo, Reward
 from plumbline_api.pipeline import AlignmentPipeline, Dataset, Storage
 from plumbline_api.quantities import parse_duration
 from plumbline_api.record import ExternalInput, InputRef, PipelineIdentity, RunRecord, StageRecord
-from plumbline_api.runtime import AlignmentRuntime
+from plumbline_api.runtime import AlignmentRuntime, RewardEndpoint
 from plumbline_api.stages import MERGE_DEFAULTS, STAGE_TYPES, Stage
 
 
@@ -24,13 +27,14 @@ def resolve(
     operator_version: str,
     place: Place,
     local_storage: Storage | None = None,
+    local_endpoints: Sequence[RewardEndpoint] = (),
 ) -> RunRecord:
     """Check a pipeline and freeze what it resolves to.
 
     Raises:
         ManifestError: if the check finds problems; they are all in it.
     """
-    problems = check(pipeline, runtime, place=place)
+    problems = check(pipeline, runtime, place=place, local_endpoints=local_endpoints)
     if problems:
         raise ManifestError(problems)
     spec = pipeline.spec
@@ -42,7 +46,8 @@ def resolve(
         if found is None:
             raise ManifestError([Problem("spec.storage", "no storage is set, neither here nor in the runtime")])
         storage = found
-    external = _External(pipeline)
+    offered = local_endpoints if runtime is None else runtime.spec.reward_endpoints
+    external = _External(pipeline, {endpoint.name: endpoint for endpoint in offered})
     stages = [_resolve_stage(pipeline, runtime, index, external) for index in range(len(spec.stages))]
     if len(external.inputs) > EXTERNAL_INPUTS_MAX:
         raise ManifestError(
@@ -60,6 +65,7 @@ def resolve(
         storage=storage,
         runtime_name=runtime.metadata.name if runtime is not None else None,
         runtime=runtime.spec if runtime is not None else None,
+        endpoints=external.asked or None,
         external_inputs=external.inputs,
         stages=stages,
     )
@@ -68,18 +74,43 @@ def resolve(
 class _External:
     """Collects external inputs, each once."""
 
-    def __init__(self, pipeline: AlignmentPipeline) -> None:
+    def __init__(self, pipeline: AlignmentPipeline, endpoints: Mapping[str, RewardEndpoint]) -> None:
         model = pipeline.spec.model
         self.inputs = [
             ExternalInput(name="model", kind="policy", uri=model.source, settings={"storageDtype": model.storage_dtype})
         ]
         self._datasets = {dataset.name: dataset for dataset in pipeline.spec.datasets}
+        self._endpoints = endpoints
+        self.asked: list[RewardEndpoint] = []
 
     def dataset(self, name: str) -> int:
         return self._add(_external_dataset(self._datasets[name]))
 
-    def judge(self, name: str, uri: str) -> int:
+    def model(self, name: str, uri: str) -> int:
         return self._add(ExternalInput(name=name, kind="policy", uri=uri))
+
+    def reward(self, stage: str, index: int, reward: Reward) -> InputRef | None:
+        """What a reward reads from outside the pipeline, if anything."""
+        role = f"rewards.{index}.{reward.choice}"
+        if reward.model is not None:
+            item = ExternalInput(name=f"reward/{stage}/{index}", kind="classifier", uri=reward.model)
+        elif reward.function is not None:
+            item = ExternalInput(
+                name=f"function/{reward.function}", kind="function", uri=f"{FUNCTION_SCHEME}{reward.function}"
+            )
+        elif reward.endpoint is not None:
+            endpoint = self._endpoints[reward.endpoint]
+            if endpoint not in self.asked:
+                self.asked.append(endpoint)
+            settings = {} if endpoint.version is None else {"version": endpoint.version}
+            item = ExternalInput(name=f"endpoint/{endpoint.name}", kind="endpoint", uri=endpoint.url, settings=settings)
+        else:
+            return None
+        return InputRef(role=role, external=self._add(item))
+
+    def is_versioned(self, reward: Reward) -> bool:
+        """Whether equal inputs are known to give equal scores."""
+        return reward.endpoint is None or self._endpoints[reward.endpoint].version is not None
 
     def _add(self, item: ExternalInput) -> int:
         for index, known in enumerate(self.inputs):
@@ -112,8 +143,12 @@ def _resolve_stage(
     if stage.evaluate is not None:
         for number, suite in enumerate(stage.evaluate.suites):
             if suite.win_rate is not None and suite.win_rate.judge.model is not None:
-                position = external.judge(f"judge/{stage.name}/{number}", suite.win_rate.judge.model.source)
+                position = external.model(f"judge/{stage.name}/{number}", suite.win_rate.judge.model.source)
                 inputs.append(InputRef(role=f"suites.{number}.judge", external=position))
+    rewards = getattr(stage.value, "rewards", None) or []
+    for number, reward in enumerate(rewards):
+        if (read := external.reward(stage.name, number, reward)) is not None:
+            inputs.append(read)
     resources = stage.resources
     if runtime is not None and resources.gpus_per_node is None:
         resources = resources.model_copy(
@@ -128,17 +163,30 @@ def _resolve_stage(
         inputs=inputs,
         depends_on=dependencies(spec, index),
         resources=resources,
-        gates=stage.gates,
+        gates=[*stage.gates, *_abort_gate(stage)],
         retries=stage.retries,
         timeout_seconds=None if stage.timeout is None else round(parse_duration(stage.timeout)),
-        cache=stage.cache,
+        cache=stage.cache and all(external.is_versioned(reward) for reward in rewards),
     )
+
+
+def _abort_gate(stage: Stage) -> list[Gate]:
+    """A stage that was aborted yields its last good weights all the same; whether they are let through is a gate.
+
+    With onAbort continue the gate always holds, but it has an output that is found in storage read, so that status says
+    that it was aborted.
+    """
+    if not stage.abort_when:
+        return []
+    return [Gate(metric=ABORTED, at_most=1.0 if stage.on_abort == "continue" else 0.0)]
 
 
 def _effective_parameters(stage: Stage, *, seed: int, accelerated: bool) -> dict[str, Any]:
     """The stage's parameters with seed, precision, learning rate and LoRA scale resolved; parsed again by the same model."""
     parameters: dict[str, Any] = stage.value.to_wire()
     parameters["seed"] = seed
+    if stage.abort_when:
+        parameters["abortWhen"] = [rule.to_wire() for rule in stage.abort_when]
     precision = "bfloat16" if accelerated else "float32"
     if "training" in parameters:
         training = parameters["training"]
@@ -146,6 +194,8 @@ def _effective_parameters(stage: Stage, *, seed: int, accelerated: bool) -> dict
         training.setdefault("learningRate", with_lora if "lora" in parameters else full)
         if training["precision"] == "auto":
             training["precision"] = precision
+    if isinstance(stage.value, Ppo):
+        parameters["critic"].setdefault("learningRate", parameters["training"]["learningRate"])
     if parameters.get("precision") == "auto":
         parameters["precision"] = precision
     if stage.merge is not None and stage.merge.method is not None:

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from plumbline_api.base import GROUP_VERSION, Contract, Duration, Quantity
+from plumbline_api.base import GROUP_VERSION, Contract, Duration, Name, Quantity
 from plumbline_api.jsontypes import parse_strictly
+from plumbline_api.online import FunctionName
 from plumbline_api.pipeline import ObjectName, Storage
 from plumbline_api.stages import RuntimeClass
 
@@ -107,6 +108,25 @@ class Allow(Contract):
     """Secrets that a pipeline's storage may name."""
     claims: Annotated[list[ObjectName], Field(max_length=64)] | None = None
     """PersistentVolumeClaims that a pvc:// source may name."""
+    reward_functions: Annotated[list[FunctionName], Field(max_length=64)] | None = None
+    """Python functions of the trainer image that rewards may call, package.module:function. Absent: none."""
+
+
+class RewardEndpoint(Contract):
+    """An HTTP service that scores answers: POST {prompts, answers, references} gives {scores}."""
+
+    name: Name
+    """Name by which rewards refer to it."""
+    url: Annotated[str, Field(pattern=r"^https?://", max_length=1024)]
+    """Where requests are posted."""
+    version: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    """Changes whenever equal answers would get other scores. Absent: outputs that it scored are not reused by other pipelines."""
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 32
+    """Answers per request."""
+    timeout: Duration = "1m"
+    """Longest time of one request."""
+    secret_name: ObjectName | None = None
+    """Secret in each tenant's namespace with a key `token`, sent as a bearer token."""
 
 
 class Limits(Contract):
@@ -152,6 +172,10 @@ class RuntimeSpec(Contract):
     """ServiceAccount expected in each tenant's namespace, for workload identity. Absent: `default`."""
     queue_name: ObjectName | None = None
     """Kueue LocalQueue that stage Jobs are submitted to."""
+    reward_endpoints: Annotated[
+        list[RewardEndpoint], Field(max_length=32), Field(json_schema_extra={"x-plumbline-map-key": "name"})
+    ] = []
+    """HTTP services that rewards may name."""
     allow: Allow = Allow()
     """What tenants may name."""
     limits: Limits = Limits()

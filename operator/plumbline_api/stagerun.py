@@ -11,6 +11,7 @@ from plumbline_api.base import Contract
 from plumbline_api.errors import InputError, problems_of
 from plumbline_api.pipeline import Storage
 from plumbline_api.record import CONTRACT_VERSION, PipelineIdentity, RunRecord
+from plumbline_api.runtime import RewardEndpoint
 
 STAGE_ENV = "PLUMBLINE_STAGE"
 """Environment variable that holds the StageRun as JSON."""
@@ -24,6 +25,10 @@ PROGRESS_FILE_ENV = "PLUMBLINE_PROGRESS_FILE"
 """File that takes the same report instead, replaced atomically; the local runner reads it."""
 TERMINATION_LOG_ENV = "PLUMBLINE_TERMINATION_LOG"
 """File that rank 0 of node 0 writes the StageResult to; default /dev/termination-log."""
+ENDPOINT_TOKEN_PREFIX = "PLUMBLINE_ENDPOINT_TOKEN_"  # noqa: S105
+"""Environment variables with the bearer tokens of reward endpoints, see `endpoint_token_env`."""
+ENDPOINT_TOKEN_KEY = "token"  # noqa: S105
+"""Key of an endpoint's Secret."""
 RESULT_FILE_NAME = "result.json"
 STAGE_RUN_MAX_BYTES = 96 * 1024
 STAGE_RESULT_MAX_BYTES = 4096
@@ -35,6 +40,12 @@ EXIT_BAD_INPUT = 2
 EXIT_TRANSIENT = 75
 EXIT_STOPPED = 143
 
+
+def endpoint_token_env(name: str) -> str:
+    """The environment variable with the bearer token of a reward endpoint."""
+    return ENDPOINT_TOKEN_PREFIX + name.upper().replace("-", "_")
+
+
 Role = Literal["preflight", "stage", "collect", "finalize"]
 
 
@@ -45,7 +56,7 @@ class StageInput(Contract):
     """Field that names it, such as `model`, `dataset`, `reference`, `baseline`, `suites.0.dataset`."""
     name: str
     """What people call it: the stage's or the dataset's name, or `base`."""
-    kind: Literal["policy", "rewardModel", "dataset", "report"]
+    kind: Literal["policy", "rewardModel", "dataset", "report", "classifier", "function", "endpoint"]
     """What it is."""
     stage_type: str | None = None
     """Type of the stage that wrote it; None for external inputs."""
@@ -109,6 +120,8 @@ class StageRun(Contract):
     """What to read."""
     storage: Storage
     """Where to write: `<uri>/<namespace>/<type>/<fingerprint>`."""
+    endpoints: list[RewardEndpoint] | None = None
+    """Reward endpoints that the stage asks."""
     nodes: int = 1
     """Pods that work together."""
     processes_per_node: int = 1

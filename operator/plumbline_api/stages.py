@@ -11,6 +11,7 @@ from pydantic import Field
 from plumbline_api.artifacts import (
     LIKELIHOOD_FORMATS,
     PREFERENCE_FORMATS,
+    PROMPT_FORMATS,
     RANKING_FORMATS,
     SUPERVISED_FORMATS,
     TEXT_FORMATS,
@@ -20,6 +21,7 @@ from plumbline_api.artifacts import (
 from plumbline_api.base import Contract, Duration, Name, OneOf, Quantity
 from plumbline_api.evaluation import Evaluate, Gate
 from plumbline_api.methods import Cpo, Dpo, Kto, Orpo, Pretrain, RewardModel, Rrhf, Sft, Simpo
+from plumbline_api.online import AbortRule, Grpo, OnAbort, Ppo, Reinforce, Rloo
 from plumbline_api.training import Share
 
 
@@ -79,6 +81,10 @@ class Stage(OneOf):
     """What the stage asks of the cluster."""
     gates: Annotated[list[Gate], Field(max_length=16)] = []
     """Conditions on the stage's metrics; if one does not hold the stage fails and nothing that depends on it starts."""
+    abort_when: Annotated[list[AbortRule], Field(max_length=16)] = []
+    """ppo and its kin: stop the stage when a figure goes astray; its output is the last weights before."""
+    on_abort: OnAbort | None = None
+    """Whether an aborted stage fails or what depends on it goes on with its output. Absent: fail."""
     retries: Annotated[int, Field(ge=0, le=20)] = 2
     """Further attempts after a transient failure. Preemption and bad input do not count: the first is free, the second is never retried."""
     timeout: Duration | None = None
@@ -104,6 +110,14 @@ class Stage(OneOf):
     """Contrastive preference optimisation on preference pairs, without a reference."""
     rrhf: Rrhf | None = None
     """Learning from ranked responses, without a reference."""
+    ppo: Ppo | None = None
+    """Proximal policy optimisation on rewards of sampled answers, with a critic."""
+    grpo: Grpo | None = None
+    """Group-relative policy optimisation on rewards of sampled answers."""
+    rloo: Rloo | None = None
+    """REINFORCE with a leave-one-out baseline on rewards of sampled answers."""
+    reinforce: Reinforce | None = None
+    """REINFORCE++ on rewards of sampled answers."""
     merge: Merge | None = None
     """Merge adapters into full weights for serving, or several models into one."""
     evaluate: Evaluate | None = None
@@ -112,7 +126,9 @@ class Stage(OneOf):
     @classmethod
     def common_fields(cls) -> frozenset[str]:
         """Fields that every stage has."""
-        return frozenset({"name", "model", "after", "resources", "gates", "retries", "timeout", "cache"})
+        return frozenset(
+            {"name", "model", "after", "resources", "gates", "abort_when", "on_abort", "retries", "timeout", "cache"}
+        )
 
     @property
     def type(self) -> str:
@@ -133,7 +149,7 @@ class StageType:
     yields: ArtifactKind
     runtime_class: RuntimeClass
     dataset_formats: frozenset[str] | None = None
-    """Formats that the field `dataset` takes; None where the type has no such field."""
+    """Formats that the field `dataset` (of stages that sample, `prompts`) takes; None where the type has no such field."""
     takes_policy: bool = True
 
 
@@ -149,6 +165,10 @@ STAGE_TYPES: dict[str, StageType] = {
         StageType("simpo", 1, ArtifactKind.POLICY, "train", PREFERENCE_FORMATS),
         StageType("cpo", 1, ArtifactKind.POLICY, "train", PREFERENCE_FORMATS),
         StageType("rrhf", 1, ArtifactKind.POLICY, "train", PREFERENCE_FORMATS),
+        StageType("ppo", 1, ArtifactKind.POLICY, "train", PROMPT_FORMATS),
+        StageType("grpo", 1, ArtifactKind.POLICY, "train", PROMPT_FORMATS),
+        StageType("rloo", 1, ArtifactKind.POLICY, "train", PROMPT_FORMATS),
+        StageType("reinforce", 1, ArtifactKind.POLICY, "train", PROMPT_FORMATS),
         StageType("merge", 1, ArtifactKind.POLICY, "cpu"),
         StageType("evaluate", 1, ArtifactKind.REPORT, "generate"),
     )

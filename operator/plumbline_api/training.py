@@ -209,11 +209,9 @@ class Training(Contract):
         return self
 
 
-class TrainingStage(Contract):
-    """Fields of every stage that trains."""
+class TunedStage(Contract):
+    """Fields of every stage that changes weights by gradients."""
 
-    dataset: Name
-    """Name of the dataset to train on."""
     lora: Lora | None = None
     """Train a low-rank adapter instead of all weights."""
     freeze: Freeze | None = None
@@ -245,3 +243,10 @@ class TrainingStage(Contract):
                 "Leave one of the two out"
             )
         return self
+
+
+class TrainingStage(TunedStage):
+    """Fields of every stage that trains on given rows."""
+
+    dataset: Name
+    """Name of the dataset to train on."""

@@ -14,8 +14,9 @@ import yaml
 from plumbline_api.base import API_GROUP, GROUP_VERSION
 from plumbline_api.check import Place, check
 from plumbline_api.errors import ManifestError, Problem
+from plumbline_api.names import ANNOTATION_DEFAULT_RUNTIME
 from plumbline_api.pipeline import AlignmentPipeline
-from plumbline_api.runtime import AlignmentRuntime
+from plumbline_api.runtime import AlignmentRuntime, RewardEndpoint
 
 from plumbline_cli.exits import BAD_INPUT, NOT_FOUND, CommandError
 
@@ -195,7 +196,41 @@ def read_pipeline_document(file: str, name: str | None = None) -> Document:
         CommandError: if there is none, or several and no name was given.
         InvalidManifestError: if the file is not YAML.
     """
+    return _choose_pipeline(file, read_documents(file), name)
+
+
+def read_local_documents(file: str, name: str | None = None) -> tuple[Document, tuple[RewardEndpoint, ...]]:
+    """The pipeline document as `read_pipeline_document` finds it, and the reward endpoints that its file offers it.
+
+    Raises:
+        CommandError: if there is no pipeline, or several and no name was given.
+        InvalidManifestError: if the file is not YAML, or a runtime in it does not hold.
+    """
     documents = read_documents(file)
+    chosen = _choose_pipeline(file, documents, name)
+    runtimes: list[AlignmentRuntime] = []
+    for document in documents:
+        if document.kind == "AlignmentRuntime":
+            try:
+                runtimes.append(AlignmentRuntime.parse(document.body))
+            except ManifestError as error:
+                raise InvalidManifestError(document.locate(error.problems)) from None
+    spec = chosen.body.get("spec")
+    reference = spec.get("runtimeRef") if isinstance(spec, dict) else None
+    return chosen, _local_endpoints(reference.get("name") if isinstance(reference, dict) else None, runtimes)
+
+
+def _local_endpoints(wanted: str | None, runtimes: list[AlignmentRuntime]) -> tuple[RewardEndpoint, ...]:
+    """Reward endpoints of the runtime that a pipeline names; where it names none, of the only one of the file."""
+    if wanted is None and len(runtimes) != 1:
+        runtimes = [
+            runtime for runtime in runtimes if runtime.metadata.annotations.get(ANNOTATION_DEFAULT_RUNTIME) == "true"
+        ]
+    fits = [runtime for runtime in runtimes if wanted in (None, runtime.metadata.name)]
+    return tuple(fits[0].spec.reward_endpoints) if fits else ()
+
+
+def _choose_pipeline(file: str, documents: list[Document], name: str | None) -> Document:
     pipelines = [document for document in documents if document.kind == "AlignmentPipeline"]
     if name is not None:
         pipelines = [document for document in pipelines if _name_of(document) == name]
@@ -239,7 +274,10 @@ def validate_documents(documents: list[Document], *, place: Place) -> tuple[list
         except ManifestError as error:
             findings += document.locate(error.problems)
     for document, pipeline in pipelines:
-        findings += document.locate(check(pipeline, _runtime_for(pipeline, runtimes), place=place))
+        reference = pipeline.spec.runtime_ref
+        endpoints = _local_endpoints(None if reference is None else reference.name, runtimes)
+        runtime = _runtime_for(pipeline, runtimes)
+        findings += document.locate(check(pipeline, runtime, place=place, local_endpoints=endpoints))
     return findings, remarks
 
 

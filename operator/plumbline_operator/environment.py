@@ -9,12 +9,14 @@ from plumbline_api.pipeline import Storage
 from plumbline_api.quantities import parse_duration, parse_quantity
 from plumbline_api.runtime import Proxy, RuntimeSpec
 from plumbline_api.stagerun import (
+    ENDPOINT_TOKEN_KEY,
     PROGRESS_CA_ENV,
     PROGRESS_TOKEN_ENV,
     PROGRESS_URL_ENV,
     STAGE_ENV,
     TERMINATION_LOG_ENV,
     StageRun,
+    endpoint_token_env,
 )
 
 TMP_PATH = "/tmp"  # noqa: S108 - an empty volume of the pod's own
@@ -69,7 +71,12 @@ def pod_environment(
     if master_address is not None:
         literal[MASTER_ADDRESS_ENV] = master_address
     secret = run.storage.secret_name
-    secrets = [] if secret is None else [_from_secret(key, secret, optional) for key, optional in SECRET_KEYS.items()]
+    keys = SECRET_KEYS if secret is not None else {}
+    secrets = [_from_secret(key, key, str(secret), optional) for key, optional in keys.items()]
+    for endpoint in run.endpoints or []:
+        if endpoint.secret_name is not None:
+            name = endpoint_token_env(endpoint.name)
+            secrets.append(_from_secret(name, ENDPOINT_TOKEN_KEY, endpoint.secret_name, optional=False))
     kept = {item["name"] for item in secrets}
     plain = [{"name": name, "value": escaped(value)} for name, value in sorted(literal.items()) if name not in kept]
     return [*secrets, *plain]
@@ -137,8 +144,8 @@ def _hub(run: StageRun, runtime: RuntimeSpec) -> dict[str, str]:
     return {"HF_ENDPOINT": runtime.hub_endpoint} if runtime.hub_endpoint is not None else {}
 
 
-def _from_secret(key: str, secret: str, optional: bool) -> Env:
+def _from_secret(variable: str, key: str, secret: str, optional: bool) -> Env:
     reference: Env = {"name": secret, "key": key}
     if optional:
         reference["optional"] = True
-    return {"name": key, "valueFrom": {"secretKeyRef": reference}}
+    return {"name": variable, "valueFrom": {"secretKeyRef": reference}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from plumbline_api.pipeline import Storage
+from plumbline_api.runtime import RewardEndpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,3 +36,5 @@ class PlanSettings:
     """Longest time of finalize and of reading one result back from storage, waiting for a node included."""
     local_storage: Storage | None = None
     """Where results of a local run go."""
+    local_endpoints: tuple[RewardEndpoint, ...] = ()
+    """Reward endpoints that a local run knows of."""

@@ -72,6 +72,7 @@ def stage_run(
         parameters=stage.parameters,
         inputs=[_stage_input(record, ref, fingerprints, pins) for ref in stage.inputs],
         storage=record.storage,
+        endpoints=record.endpoints_of(name) if is_stage else None,
         nodes=stage.resources.nodes if is_stage else 1,
         processes_per_node=max(stage.resources.gpus_per_node or 1, 1) if is_stage else 1,
     )

@@ -8,6 +8,7 @@ and on the way back the verification of every byte.
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -56,7 +57,10 @@ def _measure(label: str, sizes: list[int], server: ObjectStore, scratch: Path) -
     storage = Storage(uri=f"s3://{server.bucket}/bench", endpoint=server.endpoint, region=server.region)
     for attempt in range(ROUNDS):
         run = base.run.model_copy(update={"storage": storage, "fingerprint": f"{attempt:064x}"})
-        context = replace(base, run=run, store=open_store(storage), uploads=None)
+        # A node downloads a checkpoint once: every round has a scratch folder of its own, and an upload deletes its folder.
+        own = scratch / f"round-{attempt}"
+        shutil.copytree(source, own / "saving", copy_function=os.link)
+        context = replace(base, run=run, store=open_store(storage), uploads=None, scratch=own)
         names = [path.name for path in sorted(source.iterdir())]
 
         def upload(names: list[str] = names) -> None:
@@ -67,14 +71,15 @@ def _measure(label: str, sizes: list[int], server: ObjectStore, scratch: Path) -
             for name in names:
                 client.download_file(server.bucket, f"raw/{name}", str(scratch / "raw"))
 
-        def save(context=context, attempt: int = attempt) -> None:
-            save_checkpoint(context, attempt + 1, source, {"step": attempt + 1})
+        def save(context=context, attempt: int = attempt, folder: Path = own / "saving") -> None:
+            save_checkpoint(context, attempt + 1, folder, {"step": attempt + 1})
             wait_for_uploads(context)
 
         raw_up.append(_seconds(upload))
         our_up.append(_seconds(save))
         raw_down.append(_seconds(download))
         our_down.append(_seconds(lambda context=context: load_latest_checkpoint(context)))
+        shutil.rmtree(own)
     for path in source.iterdir():
         path.unlink()
     up = statistics.median(a / b for a, b in zip(raw_up, our_up, strict=True))

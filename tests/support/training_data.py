@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from plumbline_api.methods import TRAINING_STAGES
+from plumbline_api.online import ONLINE_STAGES
 from plumbline_api.stagerun import StageRun
 from support.tiny import save_model
 from support.trainer import base_model, external, parameters_of, stage_run, write_jsonl
@@ -60,7 +61,12 @@ def rows_of(kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-FORMATS = {"pretrain": "text", "sft": "promptCompletion", "kto": "unpaired"}
+FORMATS = {
+    "pretrain": "text",
+    "sft": "promptCompletion",
+    "kto": "unpaired",
+    **dict.fromkeys(ONLINE_STAGES, "promptCompletion"),
+}
 """Format of the rows of a stage type; preference rows where none is named."""
 
 
@@ -78,6 +84,7 @@ def training_run(
     dtype: Any = "float32",
     form: str = "",
     stage: dict[str, Any] | None = None,
+    abort_when: list[dict[str, Any]] | None = None,
     others: dict[str, str] | None = None,
     test: float = 0.0,
     **training: Any,
@@ -92,12 +99,18 @@ def training_run(
     form = form or FORMATS.get(type_, "preference")
     data = folder / f"{form}-{rows}.jsonl"
     uri = f"file://{data}" if data.exists() else write_jsonl(data, rows_of(form, rows))
-    fields: dict[str, Any] = {"dataset": "data", "training": training, **(stage or {})}
+    online = type_ in ONLINE_STAGES
+    fields: dict[str, Any] = {"prompts" if online else "dataset": "data", "training": training, **(stage or {})}
     if lora is not None:
         fields["lora"] = lora
     parameters = parameters_of(TRAINING_STAGES[type_].model_validate(fields), seed=seed)
+    if abort_when:
+        parameters["abortWhen"] = abort_when
     split = {"evaluation": evaluation, "test": test}
-    inputs = [base_model(f"file://{model}"), external("dataset", uri, format=form, split=split)]
+    inputs = [
+        base_model(f"file://{model}"),
+        external("prompts" if online else "dataset", uri, format=form, split=split),
+    ]
     for number, (role, kind) in enumerate((others or {}).items()):
         other = write_jsonl(folder / f"other-{number}.jsonl", rows_of(kind, rows, seed=100 + number))
         inputs.append(external(role, other, name=f"other-{number}", format=kind, split={"evaluation": 0, "test": 0}))

@@ -148,7 +148,7 @@ def already_done(store: ObjectStore, run: StageRun) -> Verdict | None:
     result = StageResult(
         outcome="Succeeded",
         reason="Completed",
-        message="the output was committed before; nothing was computed",
+        message=manifest.aborted or "the output was committed before; nothing was computed",
         manifest_digest=digest,
         metrics=dict(list(finite(manifest.metrics).items())[:METRICS_MAX]),
         reused=True,

@@ -27,6 +27,7 @@ from plumbline_api.stagerun import (
     ProgressReport,
     TrainerStatus,
 )
+from plumbline_api.watched import by_importance
 
 from plumbline_trainer.storage import uris
 from plumbline_trainer.storage.objects import ObjectStore
@@ -96,11 +97,14 @@ class ProgressReporter:
             self._latest = {**{k: v for k, v in self._latest.items() if k not in kept}, **kept}
             if not self._times or self._times[-1][1] != step:
                 self._times.append((now, step))
-            shown = list(self._latest.items())[-METRICS_MAX:]
+            shown = self._latest
+            if len(shown) > METRICS_MAX:
+                # Those that people look at first travel, then the newest.
+                shown = dict(list(by_importance(dict(reversed(shown.items()))).items())[:METRICS_MAX])
             self._status = TrainerStatus(
                 progress_percentage=None if steps <= 0 else max(0, min(100, int(100 * step / steps))),
                 estimated_remaining_seconds=self._remaining(step, steps),
-                metrics=[{"name": name[:128], "value": f"{value:.6g}"} for name, value in shown],
+                metrics=[{"name": name[:128], "value": f"{value:.6g}"} for name, value in shown.items()],
                 message=(message or (f"step {step}/{steps}" if steps > 0 else ""))[:256],
                 last_updated_time=when,
             )

@@ -48,6 +48,10 @@ STAGES: dict[str, str] = {
     "simpo": "plumbline_trainer.stages.simpo",
     "cpo": "plumbline_trainer.stages.cpo",
     "rrhf": "plumbline_trainer.stages.rrhf",
+    "ppo": "plumbline_trainer.stages.ppo",
+    "grpo": "plumbline_trainer.stages.grpo",
+    "rloo": "plumbline_trainer.stages.rloo",
+    "reinforce": "plumbline_trainer.stages.reinforce",
     "merge": "plumbline_trainer.stages.merge",
     "evaluate": "plumbline_trainer.stages.evaluate",
 }

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 
 from plumbline_api.graph import dependencies
 from plumbline_api.names import FINALIZE, PREFLIGHT
+from plumbline_api.online import ABORTED_REASON, ONLINE_STAGES
 from plumbline_api.pipeline import AlignmentPipeline
 from plumbline_api.stagerun import TrainerStatus
 from plumbline_api.status import PipelineStatus, StageStatus
@@ -58,6 +60,8 @@ class StageLine:
         """What to say of a stage that has ended or waits."""
         if self.phase == "Succeeded":
             time = "found in storage" if self.cached else duration(self.seconds) if self.seconds is not None else ""
+            if self.reason == ABORTED_REASON:
+                return "   ".join(part for part in (time, f"{self.reason}: {self.message}") if part)
             return "   ".join(part for part in (time, "; ".join(self.notes) or self.figures_text) if part)
         if self.phase == "Pending":
             if self.message:
@@ -139,6 +143,8 @@ def _line(
 
 
 def _figures(type_: str, metrics: Mapping[str, str], *, running: bool) -> list[tuple[str, str]]:
+    if type_ in ONLINE_STAGES:
+        return _course(metrics)
     found: list[tuple[str, str]] = []
     # A line of a running stage has a bar as well: what moves most is enough.
     wanted = (
@@ -154,6 +160,19 @@ def _figures(type_: str, metrics: Mapping[str, str], *, running: bool) -> list[t
                 found.append((_words(name), f"{shown} {bounds}"))
             else:
                 found.append((_words(name), shown))
+    return found
+
+
+def _course(metrics: Mapping[str, str]) -> list[tuple[str, str]]:
+    """How a stage that samples fares: `reward 0.9 → 1.6   KL 4.1   length +3 %`."""
+    found: list[tuple[str, str]] = []
+    if "reward" in metrics:
+        start = f"{_number(metrics['rewardStart'])} → " if "rewardStart" in metrics else ""
+        found.append(("reward", f"{start}{_number(metrics['reward'])}"))
+    if "kl" in metrics:
+        found.append(("KL", _number(metrics["kl"])))
+    with suppress(KeyError, ValueError):
+        found.append(("length", f"{100 * (float(metrics['length.growth']) - 1):+.0f} %".replace("-", "−")))
     return found
 
 

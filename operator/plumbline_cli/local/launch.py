@@ -21,9 +21,10 @@ PASSED_ON = re.compile(
     r"|AWS_.*|HF_.*|HUGGING_FACE_HUB_TOKEN|SSL_CERT_.*|REQUESTS_CA_BUNDLE|(?i:https?_proxy|no_proxy|all_proxy)"
     r"|CUDA_.*|NVIDIA_.*|NCCL_.*|GLOO_.*|TORCH_.*|PYTORCH_.*|ROCR_.*|HIP_.*"
     r"|OMP_.*|MKL_.*|OPENBLAS_.*|KMP_.*|GOMP_.*|PLUMBLINE_BUNDLED_MODELS|PLUMBLINE_CACHE"
+    r"|PLUMBLINE_ENDPOINT_TOKEN_.*"
 )
-"""What of the user's environment a trainer gets: where software and caches lie, credentials of storage and hub,
-settings of the accelerator and of threads. Anything else, tokens of other services among it, stays here."""
+"""What of the user's environment a trainer gets: where software and caches lie, credentials of storage, hub and reward
+endpoints, settings of the accelerator and of threads. Anything else, tokens of other services among it, stays here."""
 
 
 TRAINER_NEEDS = ("torch", "transformers", "peft", "safetensors")
@@ -76,6 +77,8 @@ class TrainerLauncher:
 def trainer_environment(environment: Mapping[str, str], run: StageRun, files: JobFolder) -> dict[str, str]:
     """The whole environment of a trainer."""
     kept = {name: value for name, value in environment.items() if PASSED_ON.fullmatch(name)}
+    if path := kept.get("PYTHONPATH"):  # Relative folders are meant from here, not from where the trainer works.
+        kept["PYTHONPATH"] = os.pathsep.join(str(Path(part).absolute()) for part in path.split(os.pathsep) if part)
     return {
         "PLUMBLINE_CACHE": str(cache_folder(environment)),
         **kept,

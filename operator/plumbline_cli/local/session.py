@@ -9,6 +9,7 @@ from typing import Any
 
 from plumbline_api.check import check
 from plumbline_api.pipeline import AlignmentPipeline, Storage
+from plumbline_api.runtime import RewardEndpoint
 from plumbline_operator.policies.identity import spec_digest
 from plumbline_operator.settings import PlanSettings
 
@@ -16,7 +17,7 @@ from plumbline_cli.commands.version import installed_version
 from plumbline_cli.exits import CommandError
 from plumbline_cli.local.sources import choose_storage, count_gpus, localise
 from plumbline_cli.local.state import DEFAULT_STORAGE, LocalState, RunFolder, folder_to_run
-from plumbline_cli.manifests import STDIN, Document, InvalidManifestError, parse_pipeline, read_pipeline_document
+from plumbline_cli.manifests import STDIN, Document, InvalidManifestError, parse_pipeline, read_local_documents
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class Session:
     folder: RunFolder
     state: LocalState
     storage: Path
+    endpoints: tuple[RewardEndpoint, ...] = ()
+    """Reward endpoints of the runtime that stands in the manifest's file."""
 
     @property
     def settings(self) -> PlanSettings:
@@ -38,6 +41,7 @@ class Session:
             progress_interval_seconds=2.0,
             result_wait_seconds=0.0,
             local_storage=Storage(uri=self.storage.as_uri()),
+            local_endpoints=self.endpoints,
         )
 
 
@@ -61,7 +65,7 @@ def open_session(
     Raises:
         CommandError: if the file cannot be read or does not hold a valid pipeline.
     """
-    document = read_pipeline_document(file, pipeline_name)
+    document, endpoints = read_local_documents(file, pipeline_name)
     base = Path.cwd() if file == STDIN else Path(file).absolute().parent
     body, notes = localise(document.body, base, gpus=count_gpus())
     root, remarks = choose_storage(document.body, base, storage, DEFAULT_STORAGE)
@@ -69,7 +73,7 @@ def open_session(
         raise CommandError(f"{root} is a file; results need a folder. Name one with --storage")
     local = Document(document.file, _named(body, name, namespace), document.node)
     pipeline = parse_pipeline(local)
-    if problems := check(pipeline, place="local"):
+    if problems := check(pipeline, place="local", local_endpoints=endpoints):
         raise InvalidManifestError(local.locate(problems))
     if pipeline.spec.suspend:
         raise CommandError(f"{file}: spec.suspend is true, so nothing would run; set it to false or leave it out")
@@ -88,7 +92,7 @@ def open_session(
         body=local.body,
         notes=[*notes, *remarks],
     )
-    return Session(parse_pipeline(local), folder, state, root)
+    return Session(parse_pipeline(local), folder, state, root, endpoints)
 
 
 def command_to_go_on(folder: RunFolder, state: LocalState) -> str:

@@ -30,6 +30,9 @@ def localise(body: dict[str, Any], folder: Path, *, gpus: int) -> tuple[dict[str
     for model in _models(spec):
         if isinstance(source := model.get("source"), str):
             model["source"] = _absolute(source, folder)
+    for reward in _rewards(spec):
+        if isinstance(uri := reward.get("model"), str):
+            reward["model"] = _absolute(uri, folder)
     for stage in _mappings(spec.get("stages")):
         resources = stage.get("resources")
         if isinstance(resources, dict):
@@ -64,6 +67,13 @@ def _models(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
             judge_model = judge.get("model") if isinstance(judge, dict) else None
             if isinstance(judge_model, dict):
                 yield judge_model
+
+
+def _rewards(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for stage in _mappings(spec.get("stages")):
+        for parameters in stage.values():
+            if isinstance(parameters, dict):
+                yield from _mappings(parameters.get("rewards"))
 
 
 def _mappings(value: Any) -> Iterator[dict[str, Any]]:

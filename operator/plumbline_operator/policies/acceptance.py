@@ -58,6 +58,7 @@ def accept(snapshot: Snapshot, settings: PlanSettings) -> Refused | Accepted:
             operator_version=settings.operator_version,
             place=snapshot.place,
             local_storage=settings.local_storage,
+            local_endpoints=settings.local_endpoints,
         )
     except ManifestError as error:
         refusals = check_permissions(pipeline, runtime) if runtime is not None else []
@@ -102,6 +103,9 @@ def _kept(snapshot: Snapshot, pipeline: AlignmentPipeline) -> RunRecord | None:
     is_asked = retry is not None and retry.nonce != snapshot.status.retry_nonce
     if is_asked and runtime is not None and runtime.metadata.name == before.runtime_name:
         changes["runtime"] = runtime.spec
+        now = {(endpoint.name, endpoint.version): endpoint for endpoint in runtime.spec.reward_endpoints}
+        if before.endpoints is not None:  # At another version they would be other work.
+            changes["endpoints"] = [now.get((item.name, item.version), item) for item in before.endpoints]
     return before.model_copy(update=changes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from plumbline_api.online import ABORTED_REASON
 from plumbline_api.status import PipelineStatus, StageStatus
 
 from plumbline_operator.policies.clock import shorten
@@ -46,6 +47,8 @@ def _of_stage(before: StageStatus | None, entry: StageStatus) -> Iterator[Planne
     if entry.phase == "Succeeded" and phase != "Succeeded":
         found = "found in storage" if entry.cached else "succeeded"
         yield PlannedEvent("Normal", "StageSucceeded", f"{entry.name}: {found}")
+        if entry.reason == ABORTED_REASON:
+            yield PlannedEvent("Warning", "StageAborted", f"{entry.name}: {entry.message}")
     elif entry.phase == "Failed" and phase != "Failed":
         yield PlannedEvent("Warning", "StageFailed", f"{entry.name}: {entry.reason}: {entry.message}")
     elif entry.phase == "Pending" and entry.reason and (entry.failures > (before.failures if before else 0)):

@@ -5,8 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from plumbline_api.evaluation import Gate
+from plumbline_api.online import ABORTED, ABORTED_REASON
 from plumbline_api.stagerun import METRICS_MAX
 from plumbline_api.status import Metric
+
+GATE_FAILED = "GateFailed"
+
+
+def is_aborted(metrics: Mapping[str, float]) -> bool:
+    """Whether the stage stopped by its own abort rules."""
+    return metrics.get(ABORTED, 0.0) > 0
+
+
+def verdict(gates: Sequence[Gate], metrics: Mapping[str, float], said: str) -> tuple[str, str] | None:
+    """Reason and message of a stage whose gates do not hold; None where all hold.
+
+    A stage that was aborted tells why in its own words (`said`), whatever other gates have to say about its output.
+    """
+    if is_aborted(metrics) and any(gate.metric == ABORTED and not gate.holds(metrics[ABORTED]) for gate in gates):
+        return ABORTED_REASON, said
+    problem = gate_problem(gates, metrics)
+    return None if problem is None else (GATE_FAILED, problem)
 
 
 def gate_problem(gates: Sequence[Gate], metrics: Mapping[str, float]) -> str | None:

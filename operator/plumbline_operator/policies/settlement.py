@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 from plumbline_api.evaluation import Gate
+from plumbline_api.online import ABORTED_REASON
 from plumbline_api.status import Output, StageStatus
 
 from plumbline_operator.policies import gates as gate_policy
@@ -147,11 +148,13 @@ def _succeeded(entry: StageStatus, job: JobView, rules: Rules, now: datetime) ->
         if rules.output_uri is not None:
             changes["output"] = Output(uri=rules.output_uri, digest=result.manifest_digest)
     entry = entry.model_copy(update=changes)
-    problem = gate_policy.gate_problem(rules.gates, metrics)
-    if problem is not None:
-        return Settled(_ended(entry, "Failed", "GateFailed", problem, job, now))
-    reason = "Cached" if entry.cached else "Completed"
     message = result.message if result is not None and result.message else None
+    refusal = gate_policy.verdict(rules.gates, metrics, message or "")
+    if refusal is not None:
+        return Settled(_ended(entry, "Failed", *refusal, job, now))
+    reason = "Cached" if entry.cached else "Completed"
+    if gate_policy.is_aborted(metrics):
+        reason = ABORTED_REASON
     return Settled(_ended(entry, "Succeeded", reason, message, job, now), finished=job)
 
 

@@ -227,3 +227,31 @@ def test_a_forecast_names_what_is_merged():
     parameters = {"method": "ties", "models": [{"stage": "kind"}, {"weight": 2}]}
     record = recorded("blend", "merge", parameters)
     assert describe(StageForecast(record, False, None)) == "merge, ties of kind, spec.model"
+
+
+def rl_line(**entry):
+    given = {"name": "rl", "type": "ppo", "startTime": "2025-01-01T10:00:00Z", **entry}
+    shown = PipelineStatus.model_validate({"phase": "Running", "stages": [given]})
+    return next(line for line in stage_lines(None, shown, NOW) if line.name == "rl")
+
+
+def figures(**values: float):
+    return [{"name": name.replace("_", "."), "value": str(value)} for name, value in values.items()]
+
+
+def test_a_stage_that_samples_shows_reward_kl_and_length():
+    line = rl_line(
+        phase="Running", metrics=figures(kl=4.12, rewardStart=0.9, reward=1.6, length_growth=1.031, loss=0.1)
+    )
+    assert line.figures_text == "reward 0.90 → 1.60   KL 4.12   length +3 %"
+    shorter = rl_line(phase="Running", metrics=figures(length_growth=0.8))
+    assert shorter.figures_text == "length −20 %"
+
+
+def test_an_aborted_stage_says_why_whether_it_failed_or_not():
+    said = {"reason": "Aborted", "message": "kl above 15 for 5 steps (now 17.2)", "metrics": figures(reward=1.6)}
+    done = {"completionTime": "2025-01-01T10:00:30Z"}
+    assert rl_line(phase="Failed", **said).outcome_text == "Aborted: kl above 15 for 5 steps (now 17.2)"
+    assert (
+        rl_line(phase="Succeeded", **said, **done).outcome_text == "30 s   Aborted: kl above 15 for 5 steps (now 17.2)"
+    )

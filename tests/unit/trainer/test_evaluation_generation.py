@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from plumbline_trainer.evaluation.generation import Prompt, generate, plan_batches, uniform_draws
+from plumbline_trainer.evaluation.generation import generate
 from plumbline_trainer.models.loading import load_base
 from plumbline_trainer.models.tokenizer import Tokenizer
+from plumbline_trainer.rollout.drawing import uniform_draws
+from plumbline_trainer.rollout.interface import Prompt
 from support import tiny
 
 torch.set_num_threads(1)
@@ -103,15 +105,6 @@ def test_draws_depend_on_seed_and_row_only():
     draws = uniform_draws(0, "a", 10000)
     assert 0 <= draws.min() < draws.max() < 1
     assert draws.mean() == pytest.approx(0.5, abs=0.01)
-
-
-def test_batches_keep_the_budget_and_miss_nobody():
-    prompts = [Prompt(str(n), [1] * n) for n in (5, 90, 30, 30, 200, 7)]
-    batches = plan_batches(prompts, 10, 120)
-    assert sorted(i for batch in batches for i in batch) == list(range(6))
-    for batch in batches:
-        width = max(len(prompts[i].ids) for i in batch) + 10
-        assert len(batch) == 1 or len(batch) * width <= 120
 
 
 def test_progress_rises_and_may_stop(tmp_path):

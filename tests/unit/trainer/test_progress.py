@@ -136,3 +136,13 @@ def test_nonsense_is_swallowed(tmp_path: Path) -> None:
     progress.update(5, 2, "x" * 1000, {"y": float("inf")})
     progress.update(1, 2, metrics={"z": "words"})  # type: ignore[dict-item]
     progress.close()
+
+
+def test_of_many_figures_the_telling_ones_travel(tmp_path, listener):
+    progress = reporter(tmp_path, PLUMBLINE_PROGRESS_URL=listener.url)
+    progress.update(1, 2, metrics={"reward": 1.0, "kl": 2.0, **{f"reward.component-{n}": 0.0 for n in range(16)}})
+    progress.update(1, 2, metrics={"length.growth": 1.1, "goldReward": 0.5, "clipFraction": 0.1})
+    progress.close()
+    names = {item["name"] for item in listener.seen[-1][1]["trainerStatus"]["metrics"]}
+    assert len(names) == 20
+    assert {"reward", "kl", "length.growth", "goldReward", "clipFraction"} <= names

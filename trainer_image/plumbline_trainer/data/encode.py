@@ -61,7 +61,7 @@ class EncodedResponse:
     truncated: bool = False
     """Whether its end was cut off, and with it the end token."""
     reads: tuple[int, ...] = ()
-    """Indices of the ids at which scalar heads are read."""
+    """Indices of the ids at which scalar heads are read; −1 is the last token of the prompt."""
     rank: int = 0
     """0 is best; equal ones are not compared."""
 

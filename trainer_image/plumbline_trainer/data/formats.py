@@ -28,6 +28,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "promptCompletion": ("prompt", "completion"),
     "dialogue": ("dialogue",),
     "text": ("text",),
+    "prompt": ("prompt",),
 }
 """Fields that a row must have; in this order formats are detected."""
 OPTIONAL: dict[str, tuple[str, ...]] = {

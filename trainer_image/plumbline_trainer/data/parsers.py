@@ -238,4 +238,5 @@ PARSERS: dict[str, Callable[[Mapping[str, Any]], Parsed]] = {
     "preference": _parse_preference,
     "unpaired": _parse_unpaired,
     "ranked": _parse_ranked,
+    "prompt": lambda fields: (_prompt(fields), ()),
 }

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 CHUNK_BYTES = 48 * 2**20
@@ -15,7 +17,7 @@ CHUNK_BYTES = 48 * 2**20
 
 @dataclass(frozen=True)
 class Head:
-    """An output head: logits = cap(scale · (h·Wᵀ + b)), cap(z) = softcap·tanh(z/softcap) where a softcap is set."""
+    """An output head: logits = cap(scale · (h·Wᵀ + b)) / temperature, cap(z) = softcap·tanh(z/softcap) if set."""
 
     weight: Tensor
     """[V, d]"""
@@ -23,6 +25,7 @@ class Head:
     """[V]"""
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
 
     @property
     def chunk(self) -> int:
@@ -70,6 +73,28 @@ def token_log_probabilities(hidden: Tensor, targets: Tensor, head: Head, smoothi
     return result
 
 
+def token_entropies(hidden: Tensor, head: Head) -> Tensor:
+    """H(π) = −Σ_v p_v·log p_v over the whole vocabulary at each position; ∂H/∂z_v = −p_v·(log p_v + H).
+
+    Args:
+        hidden: [N, d] outputs of the last layer.
+        head: The output head; its weights get a gradient only if they ask for one.
+
+    Returns:
+        [N] float32, nats.
+    """
+    if torch.is_grad_enabled() and head.weight.requires_grad:
+        # Rare enough (an entropy bonus with all weights trained) to leave the formula to autograd, chunk by chunk.
+        parts = [
+            checkpoint(_plain_entropies, hidden[start : start + head.chunk], head, use_reentrant=False)
+            for start in range(0, len(hidden), head.chunk)
+        ]
+        return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+    result = _Entropy.apply(hidden, head)
+    assert isinstance(result, Tensor)
+    return result
+
+
 def token_divergences(hidden: Tensor, reference: Tensor, head: Head) -> Tensor:
     """KL(π_ref ‖ π) = Σ_v q_v·(log q_v − log p_v) over the whole vocabulary at each position; ∂/∂z = p − q.
 
@@ -86,6 +111,14 @@ def token_divergences(hidden: Tensor, reference: Tensor, head: Head) -> Tensor:
     return result
 
 
+def _plain_entropies(hidden: Tensor, head: Head) -> Tensor:
+    logits = head.scale * F.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    found = torch.log_softmax(logits / head.temperature, dim=1)
+    return -(found.exp() * found).sum(dim=1)
+
+
 def _logits(hidden: Tensor, head: Head, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[C, V] float32 logits of one chunk, in memory of their own."""
     logits = (hidden.to(weight.dtype) @ weight.t()).float()
@@ -95,6 +128,8 @@ def _logits(hidden: Tensor, head: Head, weight: Tensor, bias: Tensor | None) -> 
         logits *= head.scale
     if head.softcap is not None:
         logits.div_(head.softcap).tanh_().mul_(head.softcap)
+    if head.temperature != 1.0:
+        logits /= head.temperature
     return logits
 
 
@@ -128,9 +163,11 @@ def _logit_gradient(powers: Tensor, sums: Tensor, targets: Tensor, smoothing: fl
 
 
 def _through_cap(gradient: Tensor, logits: Tensor, head: Head) -> Tensor:
-    """Take a gradient at the capped, scaled logits back to h·Wᵀ + b; overwrites both."""
+    """Take a gradient at the logits back to h·Wᵀ + b; overwrites both."""
+    if head.temperature != 1.0:
+        gradient /= head.temperature
     if head.softcap is not None:
-        gradient *= logits.div_(head.softcap).square_().neg_().add_(1.0)
+        gradient *= logits.mul_(head.temperature / head.softcap).square_().neg_().add_(1.0)
     if head.scale != 1.0:
         gradient *= head.scale
     return gradient
@@ -165,7 +202,7 @@ class _FrozenHead(torch.autograd.Function):
                 wanted = head.weight[chosen].float()
                 if average is not None:
                     wanted = (1.0 - smoothing) * wanted + smoothing * average
-                slopes[part] = ((wanted - expected) * head.scale).to(slopes.dtype)
+                slopes[part] = ((wanted - expected) * (head.scale / head.temperature)).to(slopes.dtype)
         if slopes is not None:
             ctx.save_for_backward(slopes)
         return result
@@ -247,3 +284,29 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
         (slopes,) = ctx.saved_tensors
         return (slopes * upstream[0][:, None]).to(slopes.dtype), None, None
+
+
+class _Entropy(torch.autograd.Function):
+    """As with `_FrozenHead`, the forward pass keeps the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Head) -> Tensor:
+        result = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), head.chunk):
+            part = slice(start, start + head.chunk)
+            logits = _logits(hidden[part], head, head.weight, head.bias)
+            found = torch.log_softmax(logits, dim=1)
+            entropy = torch.special.entr(found.exp()).sum(dim=1)
+            result[part] = entropy
+            if slopes is not None:
+                gradient = _through_cap(-found.exp() * (found + entropy[:, None]), logits, head)
+                slopes[part] = (gradient.to(head.weight.dtype) @ head.weight).to(slopes.dtype)
+        if slopes is not None:
+            ctx.save_for_backward(slopes)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        (slopes,) = ctx.saved_tensors
+        return (slopes * upstream[0][:, None]).to(slopes.dtype), None

@@ -189,6 +189,11 @@ class TrainingRun:
         """Put a sharded model together on rank 0, to be written: the last thing that is done with it, by every rank."""
         gather_model(self.scorer.model, keeps=self.ranks.is_main)
 
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps that are done."""
+        return self.state.step
+
     def figures(self, counts: Mapping[str, float]) -> dict[str, float]:
         """Figures at the end, the deciding ones first, because not all of them travel (`METRICS_MAX`): evaluations,
         means over the last steps, totals.

@@ -145,7 +145,8 @@ def pack(rows: Sequence[Encoded], device: torch.device | str = "cpu") -> PackedB
                 targets.append(response.ids[offset])
             ids.extend(response.ids[:needed])
             read = range(len(reads), len(reads) + len(response.reads))
-            reads.extend(begin + offset for offset in response.reads)
+            # −1 is the last token of the prompt, which several responses may share.
+            reads.extend(begin + offset if offset >= 0 else start + len(row.prompt) - 1 for offset in response.reads)
             answers.append(Answer(index, response, range(first, len(targets)), offsets, read))
         blocks.append(Block(start=start, prompt=len(row.prompt), responses=tuple(lengths)))
     contexts: list[Context] = []

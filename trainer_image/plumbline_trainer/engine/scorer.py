@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -18,7 +19,7 @@ from plumbline_trainer.engine.attention import (
     plain_implementation,
     register,
 )
-from plumbline_trainer.engine.logprobs import Head, head_of, token_divergences, token_log_probabilities
+from plumbline_trainer.engine.logprobs import Head, head_of, token_divergences, token_entropies, token_log_probabilities
 from plumbline_trainer.engine.lowrank import in_one_piece, use_one_piece, use_separate_pieces
 from plumbline_trainer.engine.optimizer import named_trainables
 from plumbline_trainer.engine.packing import PackedBatch
@@ -37,7 +38,7 @@ class Scorer(nn.Module):
     The same batch gives the same numbers on either path, up to rounding.
     """
 
-    entries: ClassVar[tuple[str, ...]] = ("with_divergence",)
+    entries: ClassVar[tuple[str, ...]] = ("with_divergence", "with_entropy")
     """Methods that run the model, beside `forward`: sharded weights are put together around them."""
 
     def __init__(self, model: PreTrainedModel, *, precision: str = "float32", path: Path = "fast") -> None:
@@ -52,6 +53,8 @@ class Scorer(nn.Module):
         self.model = model
         self.precision = precision
         self.path: Path = path
+        self.temperature = 1.0
+        """Divides the logits, on either path."""
         self.most: Callable[[int], int] | None = None
         """Where weights are sharded, the largest of a count over ranks: all must run the model equally often."""
         register()
@@ -104,11 +107,26 @@ class Scorer(nn.Module):
             torch.cat([(other.exp() * (other - logs)).sum(dim=1) for (logs, _), other in pairs]),
         )
 
+    def with_entropy(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """The scores, and the entropy over the vocabulary at every scored token, [N] float32 each."""
+        with self._autocast():
+            if self.path == "fast":
+                head = self._head()
+                hidden = self._hidden(batch, batch.sources)
+                return token_log_probabilities(hidden, batch.targets, head), token_entropies(hidden, head)
+            pairs = list(self._plain(batch))
+        if not pairs:
+            return torch.zeros(0, device=batch.input_ids.device), torch.zeros(0, device=batch.input_ids.device)
+        return (
+            torch.cat([_smoothed(logs, ids, 0.0) for logs, ids in pairs]),
+            torch.cat([-(logs.exp() * logs).sum(dim=1) for logs, _ in pairs]),
+        )
+
     def _head(self) -> Head:
         head = head_of(self.model)
         if head is None:
             raise FastPathError("the output head is not a plain linear layer")
-        return head
+        return replace(head, temperature=self.temperature)
 
     def _hidden(self, batch: PackedBatch, places: Tensor) -> Tensor:
         """[n, d] outputs of the last layer at n places of the packed sequence, on the fast path."""
@@ -138,7 +156,7 @@ class Scorer(nn.Module):
                 logits = model(input_ids=ids, use_cache=False).logits[0]
             own = [offset + len(prompt) for offset in answer.offsets]
             places = torch.tensor([*own, *context], device=ids.device)
-            logs, targets = torch.log_softmax(logits[places - 1].float(), dim=-1), ids[0, places]
+            logs, targets = torch.log_softmax(logits[places - 1].float() / self.temperature, dim=-1), ids[0, places]
             if own:
                 yield logs[: len(own)], targets[: len(own)]
             if context:

@@ -53,6 +53,37 @@ def score_rows(
         scorer = Scorer(model, precision=precision)
         scorer.eval()
         scorer.path = choose_path(scorer, encoded, {}, tokens=tokens_per_batch, ranks=ranks).path
+    return _scored(encoded, lambda batch: scorer(batch)[None], 1, tokens_per_batch, device, ranks, at_batch)[0]
+
+
+def score_entropies(
+    scorer: Scorer,
+    encoded: Sequence[Encoded],
+    *,
+    tokens_per_batch: int,
+    device: torch.device,
+    ranks: Ranks | None = None,
+    at_batch: Callable[[int, int], None] | None = None,
+) -> tuple[Scores, Scores]:
+    """As `score_rows`, and beside each log-probability the entropy of the distribution that it was taken from."""
+
+    def both(batch: PackedBatch) -> Tensor:
+        return torch.stack(scorer.with_entropy(batch))
+
+    scores, entropies = _scored(encoded, both, 2, tokens_per_batch, device, ranks or Ranks(), at_batch)
+    return scores, entropies
+
+
+def _scored(
+    encoded: Sequence[Encoded],
+    measure: Callable[[PackedBatch], Tensor],
+    channels: int,
+    tokens_per_batch: int,
+    device: torch.device,
+    ranks: Ranks,
+    at_batch: Callable[[int, int], None] | None,
+) -> list[Scores]:
+    """Several numbers per scored token, measured as [channels, N], by row and response."""
     sizes = [[len(response.ids) for response in row.responses] for row in encoded]
     starts: list[list[int]] = []
     total = 0
@@ -61,10 +92,10 @@ def score_rows(
         for size in row:
             starts[-1].append(total)
             total += size
-    flat = torch.zeros(total, device=device if ranks.size > 1 else "cpu")
+    flat = torch.zeros(channels, total, device=device if ranks.size > 1 else "cpu")
     for members, batch in shared_batches(encoded, tokens_per_batch, device, ranks, at_batch):
         with torch.no_grad():
-            scores = scorer(batch).to(flat.device)
+            scores = measure(batch).to(flat.device)
         if not members:
             continue
         counts = [0] * len(members)
@@ -72,13 +103,16 @@ def score_rows(
             start = starts[members[answer.row]][counts[answer.row]]
             counts[answer.row] += 1
             places = torch.tensor(answer.offsets, dtype=torch.long, device=flat.device) + start
-            flat[places] = scores[answer.scored.start : answer.scored.stop]
+            flat[:, places] = scores[:, answer.scored.start : answer.scored.stop]
     # Every place is written by one rank and zero on the others, so the sum is exact.
     ranks.sum_tensors([flat])
     flat = flat.cpu()
     return [
-        [flat[start : start + size].clone() for start, size in zip(*row, strict=True)]
-        for row in zip(starts, sizes, strict=True)
+        [
+            [channel[start : start + size].clone() for start, size in zip(*row, strict=True)]
+            for row in zip(starts, sizes, strict=True)
+        ]
+        for channel in flat
     ]
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Protocol, TypeVar
 
-from plumbline_api.training import Freeze, Lora, TrainingStage
+from plumbline_api.training import Freeze, Lora, Training, TunedStage
 from transformers import PreTrainedModel
 
 from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.data.encode import EncodedRows
+from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.range_test import smoothed, suggest
 from plumbline_trainer.engine.sharding import whole
@@ -21,17 +23,19 @@ from plumbline_trainer.models.saving import save_full
 from plumbline_trainer.models.selection import module_names, select
 from plumbline_trainer.report.curves import draw_range_test, standalone
 
-Parameters = TypeVar("Parameters", bound=TrainingStage)
+Parameters = TypeVar("Parameters", bound=TunedStage)
+BESIDE_PARAMETERS = ("seed", "abortWhen")
+"""What a record holds among a stage's parameters that is no field of its type."""
 
 
 def stage_parameters(context: StageContext, model: type[Parameters]) -> tuple[Parameters, int]:
     """The stage's parameters and its seed."""
-    parameters: dict[str, Any] = dict(context.run.parameters)
-    seed = int(parameters.pop("seed", 0))
-    return model.model_validate(parameters), seed
+    given = context.run.parameters
+    parameters = model.model_validate({name: value for name, value in given.items() if name not in BESIDE_PARAMETERS})
+    return parameters, int(given.get("seed", 0))
 
 
-def weights_precision(parameters: TrainingStage) -> str:
+def weights_precision(parameters: TunedStage) -> str:
     """Type of the weights in memory: frozen ones in the stage's precision, trained ones float32."""
     return parameters.training.precision if parameters.lora is not None else "float32"
 
@@ -79,13 +83,34 @@ def policy_identity(policy: Policy) -> str:
     return f"{content}/{policy.storage_dtype}/{policy.precision}/{policy.quantization or 'whole'}"
 
 
+class Attempt(Protocol):
+    """What is told of an attempt at training when its weights are saved."""
+
+    ranks: Ranks
+    training: Training
+    tokens_here: int
+    """Tokens of this attempt."""
+    first_step: int
+    """Steps that were done when it began."""
+
+    @property
+    def last_step(self) -> int:
+        """Steps that are done."""
+        ...
+
+    def figures(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """Figures at the end."""
+        ...
+
+
 def save_policy(
-    context: StageContext, run: TrainingRun, policy: Policy, lora: Lora | None, encoded: EncodedRows
+    context: StageContext, run: Attempt, policy: Policy, lora: Lora | None, encoded: EncodedRows
 ) -> StageOutput | None:
     """Write what was trained, on rank 0: the adapter alone, or full weights; of a range test its report."""
-    if run.training.range_test is not None:
-        return save_range_test(context, run) if run.ranks.is_main else None
-    run.gather()
+    if isinstance(run, TrainingRun):
+        if run.training.range_test is not None:
+            return save_range_test(context, run) if run.ranks.is_main else None
+        run.gather()
     if not run.ranks.is_main:
         return None
     folder = context.scratch / "output"
@@ -108,7 +133,7 @@ def save_policy(
         metrics=run.figures(counts),
         tokens=run.tokens_here,
         first_step=run.first_step,
-        last_step=run.state.step,
+        last_step=run.last_step,
     )
 
 

@@ -16,7 +16,8 @@ from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.pathcheck import choose_path
 from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.engine.scoring import score_rows
-from plumbline_trainer.evaluation.generation import Prompt, generate
+from plumbline_trainer.evaluation.generation import generate
+from plumbline_trainer.rollout.interface import Prompt
 
 if TYPE_CHECKING:
     from plumbline_trainer.models.policy import Policy

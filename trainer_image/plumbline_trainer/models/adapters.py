@@ -56,7 +56,7 @@ def attach_lora(model: Any, lora: Lora, seed: int, freeze: Freeze | None = None)
         use_dora=lora.dora,
     )
     peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME)
-    for name, layer in _lora_layers(model):
+    for name, layer in adapter_layers(model):
         a, b = layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
         a.data = initial_factor(seed, name, a.shape[0], a.shape[1]).to(a.device)
         b.data = torch.zeros(b.shape, dtype=torch.float32, device=b.device)
@@ -104,8 +104,8 @@ def _train_whole(module: nn.Module) -> None:
     """Make a module's weights trainable as float32; a weight shared with another module stays shared."""
     for part, parameter in list(module.named_parameters(recurse=False)):
         if not parameter.requires_grad:  # The other of two tied modules did it already.
-            start = parameter.detach().clone()
-            parameter.data = parameter.data.float()
+            start = parameter.detach()
+            parameter.data = start.to(torch.float32, copy=True)  # The storage may be another model's, too.
             parameter.requires_grad_(True)
             module.register_buffer(f"{START_PREFIX}{part}", start, persistent=False)
 
@@ -127,7 +127,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
     Modules trained whole compute with the weights that they started from.
     """
-    layers = [layer for _, layer in _lora_layers(model)]
+    layers = [layer for _, layer in adapter_layers(model)]
     kept = [layer._disable_adapters for layer in layers]
     starts = starts_of(model)
     trained = {name: model.get_parameter(name).data for name in starts}
@@ -155,7 +155,7 @@ def adapter_of(model: nn.Module, lora: Lora) -> Adapter:
     from transformers.pytorch_utils import Conv1D
 
     deltas: dict[str, Delta] = {}
-    for name, layer in _lora_layers(model):
+    for name, layer in adapter_layers(model):
         a, b = (_kept(getattr(layer, part)[ADAPTER_NAME].weight) for part in ("lora_A", "lora_B"))
         transposed = isinstance(layer.get_base_layer(), Conv1D)
         magnitude = _kept(layer.lora_magnitude_vector[ADAPTER_NAME].weight) if lora.dora else None
@@ -166,7 +166,7 @@ def adapter_of(model: nn.Module, lora: Lora) -> Adapter:
 
 def _factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Factors and magnitudes by the names of peft's files."""
-    for name, layer in _lora_layers(model):
+    for name, layer in adapter_layers(model):
         yield f"{name}.lora_A.weight", layer.lora_A[ADAPTER_NAME].weight
         yield f"{name}.lora_B.weight", layer.lora_B[ADAPTER_NAME].weight
         if ADAPTER_NAME in layer.lora_magnitude_vector:
@@ -260,7 +260,8 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
             weight.copy_(state[f"{_PEFT_PREFIX}{name}"])
 
 
-def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The layers that carry an adapter, by name and in the order of names."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in sorted(model.named_modules(), key=lambda item: item[0]):

@@ -13,7 +13,9 @@ from plumbline_trainer.storage.manifests import read_manifest
 if TYPE_CHECKING:
     from plumbline_trainer.context import StageContext
 
-TRAINING_ROLES = frozenset({"model", "models", "base", "dataset", "reference", "rehearsal", "ewc"})
+TRAINING_ROLES = frozenset(
+    {"model", "models", "base", "dataset", "reference", "rehearsal", "ewc", "prompts", "rewards", "critic"}
+)
 """First parts of the roles of inputs that shape weights; what an evaluation reads shapes none."""
 
 

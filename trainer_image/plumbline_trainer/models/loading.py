@@ -162,29 +162,85 @@ def _quiet() -> Iterator[None]:
 
 
 def _config(view: Path, name: str) -> Any:
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = _read_config(view, name)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(f'{name}/config.json: model_type "{config.model_type}" is not a causal language model')
+    return config
+
+
+def _read_config(view: Path, name: str) -> Any:
+    from transformers import AutoConfig
 
     kind = folders.read_settings(view, "config.json", required=True).get("model_type")
     try:
-        config = AutoConfig.from_pretrained(str(view), local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(str(view), local_files_only=True, trust_remote_code=False)
     except _UNREADABLE as error:
         raise InputError(
             f'{name}/config.json: model_type "{kind}" cannot be loaded: {_first_line(error)}. '
             "Only architectures that transformers has built in are run"
         ) from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise InputError(f'{name}/config.json: model_type "{kind}" is not a causal language model')
-    return config
 
 
 def _load_folder(view: Path, dtype: str, name: str) -> Any:
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    config = _config(view, name)
+    return _load_weights(AutoModelForCausalLM, view, _config(view, name), dtype, name)
+
+
+def load_classifier(path: Path, dtype: str, device: torch.device | str = "cpu") -> tuple[Any, Tokenizer]:
+    """Load a sequence classifier with one label in evaluation mode, and its tokenizer.
+
+    Raises:
+        InputError: if the folder holds no such model that can be loaded safely.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    if is_gguf(path):
+        raise InputError(f"{path.name} is a GGUF file, which holds no classifier. Name a folder with safetensors")
+    with _quiet(), _view(path, weights=True) as view:
+        config = _classifier_config(view, path.name)
+        model = _load_weights(AutoModelForSequenceClassification, view, config, dtype, path.name)
+        tokenizer = _load_tokenizer(path, view, folders.declared_ends(path))
+    model.eval()
+    return model.to(device), tokenizer
+
+
+def check_classifier(path: Path) -> None:
+    """See that a folder with the settings of a model is that of a sequence classifier with one label.
+
+    Raises:
+        InputError: if it is not, or its tokenizer does not load.
+    """
+    if is_gguf(path):
+        raise InputError(f"{path.name} is a GGUF file, which holds no classifier. Name a folder with safetensors")
+    with _quiet(), _view(path, weights=False) as view:
+        _classifier_config(view, path.name)
+        _load_tokenizer(path, view, folders.declared_ends(path))
+
+
+def _classifier_config(view: Path, name: str) -> Any:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    config = _read_config(view, name)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise InputError(
+            f'{name}/config.json: transformers has no sequence classifier for model_type "{config.model_type}"'
+        )
+    if config.num_labels != 1:
+        raise InputError(
+            f"{name}/config.json: the classifier has {config.num_labels} labels; a reward is one number. "
+            "Name a model with num_labels 1, such as one that was trained to score answers"
+        )
+    return config
+
+
+def _load_weights(auto: Any, view: Path, config: Any, dtype: str, name: str) -> Any:
+    from safetensors import SafetensorError
+
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto.from_pretrained(
             str(view),
             config=config,
             dtype=torch_dtype(dtype),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,8 +28,9 @@ from plumbline_trainer.models.loading import load_base, torch_dtype
 from plumbline_trainer.models.policy import Policy, load_policy, policy_meta
 from plumbline_trainer.models.quantization import quantize
 from plumbline_trainer.models.saving import save_full
+from plumbline_trainer.models.sharing import is_frozen, shared_backbone
 from plumbline_trainer.models.tokenizer import Tokenizer
-from plumbline_trainer.storage.manifests import fetch_output
+from plumbline_trainer.storage.manifests import Manifest, fetch_output
 
 if TYPE_CHECKING:
     from plumbline_trainer.context import StageContext
@@ -67,6 +68,8 @@ class RewardModel:
     tokenizer: Tokenizer
     config: RewardConfig
     tokens_per_batch: int = 4096
+    shared_with: Policy | None = None
+    """The policy whose weights lie under its adapter, if it was given one."""
 
     def score(self, dialogues: Sequence[Sequence[Message]], *, ranks: Ranks | None = None) -> Tensor:
         """Rewards of the last turn of each dialogue, [dialogues, heads] float32 on the CPU.
@@ -122,11 +125,23 @@ def load_reward_model(
     precision: str,
     device: torch.device | str,
     tokens_per_batch: int = 4096,
+    beside: Policy | None = None,
+    ranks: Ranks | None = None,
 ) -> RewardModel:
     """Load the output of a `rewardModel` stage, ready to score.
 
     An adapter stays beside its policy and is not merged, so that scores are those that were measured, bit for bit at
     equal precision and batches.
+
+    Args:
+        context: of the stage that scores.
+        item: the input that names the reward model.
+        precision: type of the frozen weights in memory, and of activations.
+        device: where the weights go.
+        tokens_per_batch: token budget of one forward pass.
+        beside: a policy in memory with an adapter on it. If its frozen weights are those under the reward model's
+            adapter, they serve both, and nothing is loaded twice.
+        ranks: processes that load it together; they go the same way through it.
 
     Raises:
         InputError: if it is no reward model, or a part is missing or damaged.
@@ -142,7 +157,11 @@ def load_reward_model(
         parent = fetched.manifest.parent("model")
         if parent is None:
             raise InputError(f'the manifest of "{item.name}" names no model; retry that stage', reason="InputMissing")
-        policy = load_policy(context, parent.to_input(), precision=precision, device=device)
+        if beside is not None and _is_under(fetched.manifest, config, beside, precision, device):
+            policy = replace(beside, model=shared_backbone(beside))
+        else:
+            beside = None
+            policy = load_policy(context, parent.to_input(), precision=precision, device=device)
         if policy.lineage.merged_digest != fetched.manifest.meta.get("startDigest"):
             raise InputError(
                 f'the policy under the reward model "{item.name}" has changed since it was trained. Retry that stage',
@@ -157,8 +176,31 @@ def load_reward_model(
     scorer.requires_grad_(False)
     scorer.eval()
     sample = _probe(tokenizer, config.max_length)
-    scorer.path = choose_path(scorer, sample, {}, tokens=tokens_per_batch, ranks=Ranks()).path
-    return RewardModel(scorer, tokenizer, config, tokens_per_batch)
+    scorer.path = choose_path(scorer, sample, {}, tokens=tokens_per_batch, ranks=ranks or Ranks()).path
+    return RewardModel(scorer, tokenizer, config, tokens_per_batch, beside if config.lora is not None else None)
+
+
+def _is_under(
+    manifest: Manifest, config: RewardConfig, policy: Policy, precision: str, device: torch.device | str
+) -> bool:
+    """Whether the weights that a policy was loaded with are those under a reward model's adapter."""
+    meta, lineage = manifest.meta, policy.lineage
+    if config.lora is None or config.lora.quantization is not None or not is_frozen(policy):
+        return False
+    return (
+        policy.precision == precision
+        and policy.model.device == torch.empty(0, device=device).device
+        and meta.get("storageDtype") == policy.storage_dtype
+        and meta.get("tokenizerDigest") == policy.tokenizer.digest
+        and meta.get("startDigest") == lineage.merged_digest
+        and _content(meta.get("base") or {}) == _content(lineage.base)
+        and _content(lineage.base) is not None
+    )
+
+
+def _content(base: dict[str, Any]) -> str | None:
+    """What a base is, whatever it is called: the digest of an external model, or of the manifest of full weights."""
+    return base.get("digest") or base.get("manifestDigest")
 
 
 def _read(folder: Path, name: str) -> tuple[RewardConfig, Tensor]:

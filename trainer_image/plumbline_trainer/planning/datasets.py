@@ -30,7 +30,7 @@ FINDINGS_VERSION = 3
 MEASURED_ROWS = 20_000
 """Rows whose tokens are counted at most; of more, evenly spread ones are taken."""
 QUANTILES = 100
-METHODS: dict[str, Method] = {"preference": "preference", "ranked": "score", "unpaired": "unpaired"}
+METHODS: dict[str, Method] = {"preference": "preference", "ranked": "score", "unpaired": "unpaired", "prompt": "prompt"}
 """How rows are encoded to be measured, by format; the others by their answer."""
 NO_LIMIT = 2**40
 

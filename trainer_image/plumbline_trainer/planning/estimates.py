@@ -21,7 +21,7 @@ from typing import Any
 from plumbline_api.evaluation import Evaluate
 from plumbline_api.methods import TRAINING_STAGES
 from plumbline_api.record import StageRecord
-from plumbline_api.training import Training, TrainingStage
+from plumbline_api.training import Training, TunedStage
 
 from plumbline_trainer.engine.schedule import plan_steps
 from plumbline_trainer.planning.datasets import SplitFindings
@@ -151,7 +151,7 @@ def whole_parameters(modules: list[str], facts: ModelFacts) -> int:
     return large * facts.vocabulary * facts.hidden
 
 
-def _training_memory(parameters: TrainingStage, training: Training, facts: ModelFacts, tokens: int, parts: int) -> int:
+def _training_memory(parameters: TunedStage, training: Training, facts: ModelFacts, tokens: int, parts: int) -> int:
     """Of one rank, where weights are cut into so many parts."""
     width = 2 if training.precision == "bfloat16" else 4
     if parameters.lora is not None:
@@ -176,7 +176,7 @@ def _training_memory(parameters: TrainingStage, training: Training, facts: Model
     return round(RUNTIME_BYTES + weights + tokens * per_token * width)
 
 
-def _put_together(parameters: TrainingStage, training: Training, facts: ModelFacts, width: int) -> float:
+def _put_together(parameters: TunedStage, training: Training, facts: ModelFacts, width: int) -> float:
     """Bytes that sharded weights take while they compute."""
     around = facts.vocabulary * facts.hidden
     open_ = around + 2 * max(facts.parameters - around, 0) / facts.layers

@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from plumbline_api.fingerprint import digest_of
+from plumbline_api.online import FUNCTION_SCHEME
 from plumbline_api.record import ExternalInput
 
 from plumbline_trainer.data import hub
@@ -23,6 +25,7 @@ from plumbline_trainer.data.sources import (
     model_digest,
     model_objects,
 )
+from plumbline_trainer.rewards.functions import find_function, source_digest
 from plumbline_trainer.storage import uris
 from plumbline_trainer.storage.manifests import read_json
 from plumbline_trainer.storage.objects import PARALLEL_OBJECTS, Objects
@@ -51,17 +54,23 @@ def pin(context: StageContext, item: ExternalInput) -> Pin:
     Raises:
         InputError: if it is not there or not readable.
     """
+    if item.kind == "function":
+        name = item.uri.removeprefix(FUNCTION_SCHEME)
+        find_function(name)
+        return Pin(source_digest(name), files=0, size=0)
+    if item.kind == "endpoint":  # What it computes is only known by the version that its owners declare.
+        return Pin(digest_of([item.name, item.settings]), files=0, size=0)
     if hub.is_hub(item.uri):
-        kind = "model" if item.kind == "policy" else "dataset"
+        kind = "dataset" if item.kind == "dataset" else "model"
         digest = hub.mirror_from_hub(context.store, context.namespace_root, item.uri, kind)
         return Pin(digest, files=0, size=0)
-    if item.kind == "policy":
+    if item.kind != "dataset":
         uri = f"file://{bundled_model(item.uri)}" if item.uri.startswith("bundled://") else item.uri
         objects = model_objects(context.store, uri)
     else:
         objects = dataset_objects(context.store, item.uri)
     hashes, from_cache = _hashes(context, item.uri, objects)
-    if item.kind == "policy":
+    if item.kind != "dataset":
         digest = model_digest([(uris.basename(info.uri), hashes[info.uri]) for info in objects])
     else:
         digest = dataset_digest([(info.uri, hashes[info.uri]) for info in objects])

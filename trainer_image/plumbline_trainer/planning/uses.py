@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plumbline_api.artifacts import FORMAT_DESCRIPTIONS
+from plumbline_api.artifacts import FORMAT_DESCRIPTIONS, PREFERENCE_FORMATS
 from plumbline_api.evaluation import Evaluate
 from plumbline_api.record import ExternalInput, RunRecord, StageRecord
 from plumbline_api.stages import REHEARSAL_FORMATS, STAGE_TYPES, SUITE_FORMATS
@@ -15,6 +15,7 @@ from plumbline_trainer.models.ancestry import TRAINING_ROLES
 from plumbline_trainer.planning.datasets import DatasetFindings
 from plumbline_trainer.planning.lengths import leaves_no_row
 from plumbline_trainer.planning.problems import Problems
+from plumbline_trainer.planning.rewarding import refuse_missing_references
 
 
 def check_uses(record: RunRecord, datasets: dict[str, DatasetFindings], problems: Problems) -> None:
@@ -55,6 +56,8 @@ def _check_use(
             f'{field_path}: "{found.name}" has no rows in its {split} split ({found.rows:,} rows: {there}). '
             f"{split_remedy(split)}"
         )
+    if role == "prompts":
+        refuse_missing_references(stage, index, found.name, found.format)
     if stage.type == "kto":
         if (fault := found.splits[split].labels.one_sided) is not None:
             raise InputError(f'{field_path}: "{found.name}" {fault}')
@@ -71,7 +74,9 @@ def _check_use(
             f"split ({found.rows:,} rows). {split_remedy('evaluation')}"
         )
     limit = stage.parameters.get("training", {}).get("maxLength")
-    if role == "dataset" and limit is not None and leaves_no_row(found.splits[split], limit):
+    if role == "prompts" and limit is not None:
+        limit -= stage.parameters["rollout"]["maxNewTokens"]
+    if role in ("dataset", "prompts") and limit is not None and leaves_no_row(found.splits[split], limit):
         shortest = found.splits[split].prompts[0]
         raise InputError(
             f"spec.stages[{index}].{stage.type}.training.maxLength: {limit} tokens leave no room for an answer "
@@ -86,6 +91,10 @@ def _need(stage: StageRecord, index: int, role: str) -> tuple[str, frozenset[str
         return f"{here}.dataset", STAGE_TYPES[stage.type].dataset_formats or frozenset(), "train", stage.type
     if role.startswith("rehearsal."):
         return f"{here}.rehearsal[{role.split('.')[1]}].dataset", REHEARSAL_FORMATS, "train", "rehearsal"
+    if role == "prompts":
+        return f"{here}.prompts", STAGE_TYPES[stage.type].dataset_formats or frozenset(), "train", stage.type
+    if role == "sycophancy.dataset":
+        return f"{here}.{role}", PREFERENCE_FORMATS, "test", "sycophancy"
     if role == "ewc.dataset":
         return f"{here}.{role}", REHEARSAL_FORMATS, "train", "ewc"
     suite = _evaluate(stage).suites[int(role.split(".")[1])]

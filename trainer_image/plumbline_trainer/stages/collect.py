@@ -34,7 +34,7 @@ def run(context: StageContext) -> StageOutput:
         tokens=told.tokens if same and told is not None else manifest.tokens,
         first_step=told.first_step if same and told is not None else manifest.first_step,
         last_step=told.last_step if same and told is not None else manifest.last_step,
-        message="read back from storage",
+        message=manifest.aborted or "read back from storage",
         manifest_digest=digest,
     )
 

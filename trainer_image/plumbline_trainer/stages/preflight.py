@@ -25,6 +25,7 @@ from plumbline_trainer.planning.hits import Hit, find_hits
 from plumbline_trainer.planning.lengths import length_note
 from plumbline_trainer.planning.pins import Pin, pin
 from plumbline_trainer.planning.problems import Problems
+from plumbline_trainer.planning.rewarding import check_rewards
 from plumbline_trainer.planning.selections import check_selections
 from plumbline_trainer.planning.uses import check_uses, dataset_inputs, readers
 from plumbline_trainer.storage import uris
@@ -67,6 +68,7 @@ def run(context: StageContext) -> StageOutput:
     read_models(context, record, pins, found, problems)
     read_datasets(context, record, pins, found, problems)
     check_uses(record, found.datasets, problems)
+    check_rewards(context, record, pins, problems)
     if problems.found:
         write_plan(context, refused(record, problems))
         for message in problems.messages:

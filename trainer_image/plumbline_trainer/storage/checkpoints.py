@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 KEEP = 2
 """Checkpoints kept: the newest, and one before it in case the newest is damaged."""
 FOLDER = "checkpoints"
-_NAME = re.compile(r"(\d{8})-[0-9a-f]+")
+_NAME = re.compile(r"(\d{8})(?:\.(\d{6}))?-[0-9a-f]+")
 
 
 class CheckpointManifest(Contract):
@@ -85,15 +85,16 @@ class CheckpointUploads:
             pending.result()
 
 
-def save_checkpoint(context: StageContext, step: int, folder: Path, state: dict[str, Any]) -> None:
+def save_checkpoint(context: StageContext, step: int, folder: Path, state: dict[str, Any], part: int = 0) -> None:
     """Commit a folder of files as the checkpoint of a step, in the background. Call it on rank 0.
 
-    The folder belongs to the upload from here on and is deleted after it. `state` must be JSON.
+    The folder belongs to the upload from here on and is deleted after it. `state` must be JSON. A step that is long
+    may have several checkpoints: the one of the highest part is the newest.
     """
     if context.uploads is None:
         context.uploads = CheckpointUploads()
     json.dumps(state, allow_nan=False)  # a mistake here must show in the stage, not in a thread later
-    context.uploads.submit(_upload, context, step, folder, state)
+    context.uploads.submit(_upload, context, step, part, folder, state)
 
 
 def wait_for_uploads(context: StageContext) -> None:
@@ -122,9 +123,10 @@ def load_latest_checkpoint(context: StageContext) -> Checkpoint | None:
     return Checkpoint(manifest.step, folder, dict(manifest.state))
 
 
-def _upload(context: StageContext, step: int, folder: Path, state: dict[str, Any]) -> None:
+def _upload(context: StageContext, step: int, part: int, folder: Path, state: dict[str, Any]) -> None:
     store, root = context.store, uris.join(context.run_root, FOLDER)
-    place = uris.join(root, f"{step:08d}-{secrets.token_hex(8)}")
+    name = f"{step:08d}.{part:06d}" if part else f"{step:08d}"
+    place = uris.join(root, f"{name}-{secrets.token_hex(8)}")
     files = [
         ManifestFile(path=path, size=size, sha256=digest) for path, size, digest in store.put_folder(place, folder)
     ]
@@ -133,15 +135,15 @@ def _upload(context: StageContext, step: int, folder: Path, state: dict[str, Any
     )
     store.put_bytes(uris.join(place, layout.MANIFEST), canonical_json(manifest.to_wire()), if_absent=True)
     shutil.rmtree(folder, ignore_errors=True)
-    _prune(store, root, place, step, context.log)
+    _prune(store, root, place, (step, part), context.log)
 
 
-def _prune(store: ObjectStore, root: str, newest: str, step: int, log: logging.Logger) -> None:
+def _prune(store: ObjectStore, root: str, newest: str, here: tuple[int, int], log: logging.Logger) -> None:
     """Delete what is older than the checkpoints to keep, and what earlier attempts left half uploaded."""
     complete, partial = _folders(store, root)
-    older = sorted((name for name in complete if _step(name) <= step and uris.join(root, name) != newest), reverse=True)
+    older = sorted((name for name in complete if _order(name) <= here and uris.join(root, name) != newest), key=_order)
     try:
-        for name in [*older[KEEP - 1 :], *(name for name in partial if _step(name) <= step)]:
+        for name in [*older[: max(len(older) - KEEP + 1, 0)], *(name for name in partial if _order(name) <= here)]:
             store.delete_prefix(uris.join(root, name))
         store.abort_uploads(root)
     except (InputError, TransientError, OSError) as error:
@@ -159,13 +161,15 @@ def _folders(store: ObjectStore, root: str) -> tuple[list[str], list[str]]:
     return [name for name, done in seen.items() if done], [name for name, done in seen.items() if not done]
 
 
-def _step(name: str) -> int:
-    return int(name.partition("-")[0])
+def _order(name: str) -> tuple[int, int]:
+    """Step and part."""
+    step, _, part = name.partition("-")[0].partition(".")
+    return int(step), int(part or 0)
 
 
 def _download_newest(context: StageContext, folder: Path) -> CheckpointManifest | None:
     store, root = context.store, uris.join(context.run_root, FOLDER)
-    for name in sorted(_folders(store, root)[0], key=lambda name: (-_step(name), name)):
+    for name in sorted(_folders(store, root)[0], key=lambda name: (*(-number for number in _order(name)), name)):
         place = uris.join(root, name)
         try:
             manifest = CheckpointManifest.model_validate_json(store.get_bytes(uris.join(place, layout.MANIFEST)))
@@ -176,7 +180,7 @@ def _download_newest(context: StageContext, folder: Path) -> CheckpointManifest 
             context.log.warning("checkpoint %s is damaged and skipped: %s", name, _first_line(error))
             shutil.rmtree(folder, ignore_errors=True)
             continue
-        if manifest.fingerprint != context.run.fingerprint or manifest.step != _step(name):
+        if manifest.fingerprint != context.run.fingerprint or manifest.step != _order(name)[0]:
             context.log.warning("checkpoint %s belongs to other work and is skipped", name)
             shutil.rmtree(folder, ignore_errors=True)
             continue

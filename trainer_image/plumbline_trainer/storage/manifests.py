@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from plumbline_api import layout
 from plumbline_api.base import Contract, Digest
+from plumbline_api.online import ABORTED
 from plumbline_api.stagerun import StageInput
 from pydantic import AfterValidator, Field, ValidationError
 
@@ -125,6 +126,12 @@ class Manifest(Contract):
     def to_bytes(self) -> bytes:
         """JSON with the fields in their order: the first metrics are the ones that results show."""
         return json.dumps(self.to_wire(), ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+    @property
+    def aborted(self) -> str | None:
+        """Why the stage stopped by its own abort rules, in words; None where it did not."""
+        said = self.meta.get(ABORTED)
+        return None if said is None else str(said)
 
     def parent(self, role: str) -> Parent | None:
         """The input of a role."""

@@ -1,0 +1,159 @@
+"""Rules on the text of an answer: verifiable rewards that no model has to learn."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from plumbline_api.online import Reward
+
+from plumbline_trainer.errors import InputError
+from plumbline_trainer.rewards.interface import Candidate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from plumbline_trainer.engine.distributed import Ranks
+
+Rule = Callable[[Candidate], float]
+
+_IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
+_WORD = re.compile(rf"[{_IDEOGRAPHS}]|[^\W{_IDEOGRAPHS}]+|[^\w\s]")
+"""Words and signs; of scripts that put no space between words, each character."""
+_SIGN = r"(?:(?<![\w.)])[-−])?"
+_NUMBER = re.compile(rf"{_SIGN}(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|{_SIGN}(?<![\d.])\.\d+")
+"""A minus belongs to a number unless it stands between two: 3-5 holds 3 and 5."""
+_CLOSE = 1e-6
+"""Relative distance at which two numbers count as equal: 0.3333333 is a third."""
+
+
+class RuleReward:
+    """One rule, applied to answer by answer; every rank does all of them, because they cost next to nothing."""
+
+    def __init__(self, rule: Rule) -> None:
+        self._rule = rule
+
+    def score(self, candidates: Sequence[Candidate], ranks: Ranks) -> Tensor:
+        """[candidates] float32."""
+        import torch
+
+        return torch.tensor([self._rule(candidate) for candidate in candidates], dtype=torch.float32)
+
+
+def make_rule(reward: Reward, place: str) -> Rule:
+    """The rule of a reward as a function.
+
+    Args:
+        reward: with its rule set.
+        place: field path of the reward, for messages.
+
+    Raises:
+        InputError: if the JSON schema is none.
+    """
+    if reward.rule == "length":
+        return lambda candidate: float(candidate.tokens)
+    if reward.rule == "repetition":
+        return lambda candidate: repeated_share(candidate.answer)
+    if reward.rule == "matches":
+        assert reward.pattern is not None
+        pattern = re.compile(reward.pattern)
+        return lambda candidate: float(pattern.search(candidate.answer) is not None)
+    if reward.rule == "keywords":
+        wanted = [word.casefold() for word in reward.keywords or []]
+        return lambda candidate: sum(word in candidate.answer.casefold() for word in wanted) / len(wanted)
+    if reward.rule == "exactMatch":
+        return lambda candidate: float(candidate.answer.strip() == reference_of(candidate, place).strip())
+    if reward.rule == "numericMatch":
+        return lambda candidate: _numeric_match(candidate, place)
+    assert reward.rule == "jsonSchema"
+    assert reward.schema_ is not None
+    return json_rule(reward.schema_, place)
+
+
+def words(text: str) -> list[str]:
+    """Words and signs of a text, in lower case."""
+    return _WORD.findall(text.lower())
+
+
+def repeated_share(text: str) -> float:
+    """1 − distinct-3: the share of a text's 3-grams (of words and signs) that stood before; 0 for fewer than three."""
+    found = words(text)
+    grams = list(zip(found, found[1:], found[2:], strict=False))
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def last_number(text: str) -> float | None:
+    """The last number in a text: 1,234.5 is one, and so is -3e-2."""
+    found = _NUMBER.findall(text)
+    return float(found[-1].replace(",", "").replace("−", "-")) if found else None
+
+
+def _numeric_match(candidate: Candidate, place: str) -> float:
+    """1 where the last number of the answer is the last number of the row's answer."""
+    reference = reference_of(candidate, place)
+    wanted = last_number(reference)
+    if wanted is None:
+        raise InputError(
+            f"{place}.rule: numericMatch compares numbers, and the answer of row {candidate.row_id} holds none "
+            f'("{reference[:40]}")'
+        )
+    found = last_number(candidate.answer)
+    return float(found is not None and math.isclose(found, wanted, rel_tol=_CLOSE))
+
+
+def reference_of(candidate: Candidate, place: str) -> str:
+    """The answer of the prompt's row.
+
+    Raises:
+        InputError: if the row has none.
+    """
+    if candidate.reference is None:
+        raise InputError(
+            f"{place}: compares with the answer of the prompt's row, and row {candidate.row_id} has none. "
+            "Name prompts with answers, or another reward"
+        )
+    return candidate.reference
+
+
+def json_rule(schema: str, place: str) -> Rule:
+    """1 where the whole answer is JSON that fits a schema, else 0. References lead nowhere outside the schema.
+
+    Raises:
+        InputError: if the schema is none.
+    """
+    from jsonschema import SchemaError, ValidationError
+    from jsonschema.validators import validator_for
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+
+    document = json.loads(schema)
+    kind = validator_for(document)
+    try:
+        kind.check_schema(document)
+    except SchemaError as error:
+        where = "/".join(map(str, error.absolute_path))
+        raise InputError(
+            f"{place}.schema: is not a JSON schema{f' (at {where})' if where else ''}: {error.message}"
+        ) from error
+    validator = kind(document, registry=Registry())
+
+    def holds(candidate: Candidate) -> float:
+        try:
+            value = json.loads(candidate.answer, parse_constant=_refuse_constant)
+            validator.validate(value)
+        except (ValueError, ValidationError, RecursionError):
+            return 0.0
+        except Unresolvable as error:
+            raise InputError(
+                f'{place}.schema: refers to "{error.ref}", which is not in it. Put it under $defs'  # type: ignore[attr-defined]
+            ) from error
+        return 1.0
+
+    return holds
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
