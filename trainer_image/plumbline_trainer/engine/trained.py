@@ -40,7 +40,7 @@ def weights_precision(parameters: TunedStage) -> str:
     return parameters.training.precision if parameters.lora is not None else "float32"
 
 
-def load_start(context: StageContext, parameters: TrainingStage) -> Policy:
+def load_start(context: StageContext, parameters: TunedStage) -> Policy:
     """The policy that a stage starts from; one that is going to be sharded stays on the CPU until then."""
     waits = parameters.training.sharding == "full" and context.world_size > 1
     return load_policy(
