@@ -38,11 +38,11 @@ def replaced(index: int, stage: dict[str, Any]) -> list[dict[str, Any]]:
 # Golden: these change only when a numerics version is raised or the fingerprint's definition changes, and then every
 # stage in every user's storage is computed anew. Never edit them for convenience.
 GOLDEN = {
-    "domain": "e7e7f36f997cab1124b29f09677a937c41c707b9aa889889e7dd34ee7cd16a8a",
-    "sft": "178aec5f6cd3dcf098dad3c1881445adf49ef0a18f895718d2d482da52cd40bf",
-    "dpo": "d5854513d54db24059f4c52da02af68ec7a9671f0fda5c1ed3772b3aafdab3f7",
-    "final": "268dfa38b3b983f2ceba9b590ee30fff51701c8781ea223b074f9bd6f9505339",
-    "exam": "b1b59493d524baec6fdff3b3589ee4ffafbfb40da303266559eddbab1ff688a2",
+    "domain": "c3cc41eec5b16f72239e48c28d52d80f1a398ba1cf7adbe39aee05ffdf51694e",
+    "sft": "1e9d18f0e76731b518e94cddfbd7ea70b1a4e56f1a643c4dc9680ef293bb5cde",
+    "dpo": "2fdea957b05f2b11998117287974c763ce0cb5c029430866837fe12a65646278",
+    "final": "97d5c4a310c1a78de029284a6dee04508bb768ca9374b05eeb6ed95ff25fe8f2",
+    "exam": "fc418e66fe8ea86323cecd44052bc9b11d56a802170bca0f4c0c9eb3d30344b5",
 }
 
 
