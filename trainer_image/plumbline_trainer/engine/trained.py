@@ -14,7 +14,7 @@ from plumbline_trainer.data.encode import EncodedRows
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.range_test import smoothed, suggest
-from plumbline_trainer.engine.sharding import whole
+from plumbline_trainer.engine.sharding import is_sharded, whole
 from plumbline_trainer.models.adapters import adapter_of, attach_lora, save_adapter
 from plumbline_trainer.models.merging import LOST_PART_WARNING, stored_weights, weights_digest
 from plumbline_trainer.models.policy import Policy, digest_with, load_policy, lost_part_advice, policy_meta
@@ -79,7 +79,10 @@ def policy_identity(policy: Policy) -> str:
     if content is None and not lineage.adapters:
         content = lineage.base.get("digest") or lineage.base.get("manifestDigest")
     if content is None:  # a model that nobody pinned, or a chain whose merge nobody has recorded
-        content = weights_digest([(name, whole(weight)) for name, weight in stored_weights(policy.model).items()])
+        weights = stored_weights(policy.model).items()
+        content = weights_digest(
+            (name, whole(weight).cpu() if is_sharded(weight) else weight) for name, weight in weights
+        )
     return f"{content}/{policy.storage_dtype}/{policy.precision}/{policy.quantization or 'whole'}"
 
 
