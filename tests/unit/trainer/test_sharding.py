@@ -37,6 +37,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+pytestmark = pytest.mark.slow
+
 LORA = {"rank": 4}
 EVERYTHING = {"rank": 4, "rsLora": True, "dora": True, "modulesToSave": ["embed_tokens", "lm_head", "norm"]}
 SETTINGS: dict[str, Any] = {
