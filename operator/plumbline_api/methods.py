@@ -71,6 +71,11 @@ class PolicyStage(TrainingStage):
                 "ewc takes gradients of the weights themselves, and lora.quantization leaves none. "
                 "Leave one of the two out, or hold the weights with training.l2sp"
             )
+        if self.ewc is not None and self.training.sharding != "none":
+            raise ValueError(
+                "ewc squares the gradient of every row, and training.sharding sums gradients over ranks before that. "
+                "Leave one of the two out, or hold the weights with training.l2sp"
+            )
         return self
 
 

@@ -248,6 +248,10 @@ class OnlineStage(SampledStage):
         training = self.training
         if training.range_test is not None:
             raise ValueError("training.rangeTest sweeps losses of fixed rows; leave it out")
+        if training.sharding != "none":
+            raise ValueError(
+                "training.sharding keeps a part of each weight, and sampling needs them whole; leave it out"
+            )
         if training.early_stopping is not None or training.select_best:
             raise ValueError(
                 "training.earlyStopping and selectBest compare losses of fixed rows; use the stage's abortWhen"

@@ -176,6 +176,8 @@ class Training(Contract):
     """Precision of frozen weights and activations. auto: bfloat16 on an accelerator, float32 on a CPU."""
     gradient_checkpointing: bool | None = None
     """Recompute activations: less memory, a third more time. Absent: where memory would not do."""
+    sharding: Literal["none", "full"] = "none"
+    """full: share weights and optimizer state out over ranks (FSDP2); results stay the same up to rounding."""
     checkpoint_every_steps: PositiveInt = 20
     """Steps between two checkpoints."""
     evaluate_every_steps: PositiveInt | None = None
@@ -229,6 +231,11 @@ class TunedStage(Contract):
             raise ValueError(
                 f"lora.dropout: {lora.dropout:g}, but only pretrain and sft drop at random: what this stage compares "
                 "would differ by chance. Leave it out"
+            )
+        if lora is not None and lora.quantization is not None and self.training.sharding != "none":
+            raise ValueError(
+                "training.sharding cuts weights into rows, and lora.quantization packs them in blocks. "
+                "Leave one of the two out"
             )
         if lora is not None and lora.dora and self.training.l2sp is not None:
             raise ValueError(

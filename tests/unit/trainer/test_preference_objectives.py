@@ -13,8 +13,7 @@ from plumbline_trainer.data.encode import Encoded, encode_rows
 from plumbline_trainer.data.formats import parse_record
 from plumbline_trainer.data.records import Record
 from plumbline_trainer.engine import logprobs
-from plumbline_trainer.engine.loop import dummy_of
-from plumbline_trainer.engine.packing import context_places, pack, packed_length
+from plumbline_trainer.engine.packing import context_places, dummy_of, pack, packed_length
 from plumbline_trainer.engine.preference import RankedResponses, pair_answers, share_in_order
 from plumbline_trainer.engine.scorer import Path, Scorer
 from plumbline_trainer.errors import InputError

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from plumbline_trainer.data.encode import Method, encode_rows
 from plumbline_trainer.data.loading import load_rows
 from plumbline_trainer.engine.objective import row_tokens
 from plumbline_trainer.models.loading import load_tokenizer
+from plumbline_trainer.planning.estimates import can_be_sharded, estimate
+from plumbline_trainer.planning.facts import ModelFacts
 from plumbline_trainer.planning.memory import RUNTIME_BYTES
 from support import tiny
 from support.preflighting import pipeline, plan_of, preflight
@@ -69,6 +72,29 @@ def test_a_prompt_counts_once_for_all_answers_of_its_row(
     layer = 10 * facts["hidden"] + projections + 3 * facts["intermediate"]
     activations = 8 * max(tokens) * facts["layers"] * layer * 4
     assert found["memoryBytes"] == RUNTIME_BYTES + 16 * facts["parameters"] + activations, "a micro-batch of 8 rows"
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["full", "lora"])
+def test_shares_of_sharded_weights_are_what_eight_ranks_keep(tmp_path: Path, model: Path, lora: Any) -> None:
+    """The more of a model is layers, the nearer its memory comes to an eighth."""
+    facts = ModelFacts("M", 8_000_000_000, 32, 4096, 14336, 32, 8, 128, 128_000, None, "bfloat16", True)
+    stage = {"dataset": "q", "training": {"precision": "bfloat16", "gradientCheckpointing": True}}
+    made = pipeline(tmp_path, model, [{"name": "sft", "sft": stage | ({"lora": lora} if lora else {})}])
+    record = made.record.stage("sft")
+    record = record.model_copy(update={"resources": record.resources.model_copy(update={"gpus_per_node": 8})})
+    sharded = record.model_copy(
+        update={"parameters": record.parameters | {"training": record.parameters["training"] | {"sharding": "full"}}}
+    )
+    assert can_be_sharded(record)
+    assert not can_be_sharded(sharded)
+    whole, part = (estimate(item, facts, None, None).memory for item in (record, sharded))
+    assert whole is not None
+    assert part is not None
+    per_weight, held = (2, 2) if lora else (16, 8)
+    around = facts.vocabulary * facts.hidden
+    layers = 2 * (facts.parameters - around) / facts.layers
+    saved = per_weight * facts.parameters * 7 / 8 - held * (around + layers)
+    assert whole - part == pytest.approx(saved, abs=2)
 
 
 class TestLengths:

@@ -15,8 +15,7 @@ from plumbline_api.training import Lora
 from plumbline_trainer.data.encode import Encoded, encode_rows
 from plumbline_trainer.data.rows import Message, Response, Row
 from plumbline_trainer.engine.distributed import Ranks
-from plumbline_trainer.engine.loop import dummy_of
-from plumbline_trainer.engine.packing import pack, packed_length
+from plumbline_trainer.engine.packing import dummy_of, pack, packed_length
 from plumbline_trainer.engine.pathcheck import choose_path
 from plumbline_trainer.engine.ranking import RewardRanking
 from plumbline_trainer.engine.values import ValueHeads, ValueScorer, fresh_heads, score_values

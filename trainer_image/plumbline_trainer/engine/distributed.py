@@ -60,6 +60,14 @@ class Ranks:
         """Whether any rank says yes; every rank gets the same answer."""
         return self.sum_floats({"flag": float(flag)})["flag"] > 0
 
+    def most(self, value: int) -> int:
+        """The largest of the ranks' values."""
+        if self.size == 1:
+            return value
+        found = torch.tensor([value], dtype=torch.int64, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found.item())
+
     def same(self, value: int) -> bool:
         """Whether every rank has the value of rank 0."""
         if self.size == 1:

@@ -17,13 +17,14 @@ from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.layers import layer_depths
 from plumbline_trainer.engine.objective import LooksAhead, Objective, row_tokens, token_weights
 from plumbline_trainer.engine.optimizer import Optimizer
-from plumbline_trainer.engine.packing import PackedBatch, keeping, pack, packed_length
+from plumbline_trainer.engine.packing import PackedBatch, dummy_of, keeping, pack, packed_length
 from plumbline_trainer.engine.pathcheck import choose_path
 from plumbline_trainer.engine.penalties import L2Sp, Penalty, displacements
 from plumbline_trainer.engine.range_test import diverges
 from plumbline_trainer.engine.schedule import StepPlan, cut_step, fill_batches, random_key
 from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.engine.selection import Selection
+from plumbline_trainer.engine.sharding import gather_model, shard
 from plumbline_trainer.engine.state import TrainingState, read_progress, read_state, write_state
 from plumbline_trainer.errors import InputError, Interrupted
 from plumbline_trainer.storage.checkpoints import (
@@ -63,6 +64,10 @@ class TrainingRun:
         if training.range_test is not None:
             plan = dataclasses.replace(plan, steps=training.range_test.steps)
         self.plan, self.rows, self.training = plan, rows, training
+        if training.sharding == "full":
+            shard(scorer, ranks)
+            if ranks.size == 1:
+                context.log.info("training.sharding: one rank keeps everything")
         self.trainables = scorer.trainables()
         depths = None if training.layer_decay is None else layer_depths(scorer.model)
         self.optimizer = Optimizer(self.trainables, training, plan.steps, depths)
@@ -162,10 +167,8 @@ class TrainingRun:
             self._announce(f"stopped after step {self.state.step} of {self.plan.steps}: {self.state.ended}")
         if self.state.selected:
             self._announce(f"the output is the weights after step {self.state.selected['step']:.0f}")
-            if self.ranks.is_main:
-                self.selection.put_back(self.trainables)
             # A stage may measure what it yields with all ranks.
-            self.ranks.share([parameter.data for parameter in self.trainables.values()])
+            self.selection.put_back(self.trainables, self.ranks)
         wait_for_uploads(self.context)
         self.ranks.wait()
 
@@ -189,6 +192,10 @@ class TrainingRun:
         wait_for_uploads(self.context)
         self.ranks.wait()
         raise Interrupted(self.state.step)
+
+    def gather(self) -> None:
+        """Put a sharded model together on rank 0, to be written: the last thing that is done with it, by every rank."""
+        gather_model(self.scorer.model, keeps=self.ranks.is_main)
 
     @property
     def last_step(self) -> int:
@@ -359,28 +366,16 @@ class TrainingRun:
 
     def _save(self) -> None:
         """Commit a checkpoint of the current step; the upload goes on beside training."""
-        step = self.state.step
-        if self.ranks.is_main:
+        step, writes = self.state.step, self.ranks.is_main
+        folder = self.context.scratch / "saving" / str(step)
+        if writes:
             # One upload at a time, and a checkpoint's folder must not be there twice.
             wait_for_uploads(self.context)
-            folder = self.context.scratch / "saving" / str(step)
-            write_state(folder, self.state, self.trainables, self.optimizer)
+        write_state(folder, self.state, self.trainables, self.optimizer, writes=writes)
+        if writes:
             self.selection.keep_in(folder)
             save_checkpoint(self.context, step, folder, {"step": step})
         self._committed_step = step
-
-
-def dummy_of(row: Encoded) -> Encoded:
-    """A row of weight zero and few tokens, for a rank that has nothing left to do in a round."""
-    length = 1 if row.prompt else 2
-    mask = [True] if row.prompt else [False, True]
-    responses = [
-        dataclasses.replace(
-            response, ids=response.ids[:length], mask=mask, reads=(length - 1,) if response.reads else ()
-        )
-        for response in row.responses
-    ]
-    return dataclasses.replace(row, prompt=row.prompt[:1], responses=responses, weight=0.0)
 
 
 def _evaluation_name(name: str) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.learning_rate import make_schedule, make_sweep
 from plumbline_trainer.engine.penalties import Penalty
+from plumbline_trainer.engine.sharding import is_sharded, own_part, put, sharded_like, total
 from plumbline_trainer.errors import InputError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -54,6 +55,8 @@ class Optimizer:
         """
         assert training.learning_rate is not None
         self.trainables = dict(trainables)
+        self.own = {name: _own(parameter) for name, parameter in self.trainables.items()}
+        """What this rank changes: the parameters themselves, or its parts of sharded ones."""
         self.clip = training.gradient_clip
         sweep = training.range_test
         self.peak = training.learning_rate if sweep is None else sweep.lowest
@@ -67,7 +70,7 @@ class Optimizer:
             decay = training.weight_decay if parameter.ndim >= 2 else 0.0
             rate = self.peak * (training.layer_decay or 1.0) ** depth
             group = groups.setdefault((depth, decay), {"params": [], "weight_decay": decay, "lr": rate})
-            group["params"].append(parameter)
+            group["params"].append(self.own[name])
         self.adamw = torch.optim.AdamW(
             [groups[key] for key in sorted(groups, key=lambda key: (key[0], -key[1]))],
             lr=self.peak,
@@ -95,24 +98,43 @@ class Optimizer:
         Returns:
             Global gradient norm before clipping; not finite if the gradients are not, and then nothing was changed.
         """
-        for parameter in self.trainables.values():
+        alike = []
+        for name, parameter in self.trainables.items():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        ranks.sum_tensors([parameter.grad for parameter in self.trainables.values() if parameter.grad is not None])
+            self.own[name].grad = own_part(parameter.grad)
+            if not is_sharded(parameter):  # The backward pass has summed those of sharded ones.
+                alike.append(parameter.grad)
+        ranks.sum_tensors(alike)
         self.penalties = {penalty.name: penalty.add_gradients() for penalty in penalties}
-        norm = float(nn.utils.clip_grad_norm_(list(self.trainables.values()), self.clip))
+        norm = self._clip()
         if math.isfinite(norm):
             self.adamw.step()
             self.schedule.step()
         self.adamw.zero_grad(set_to_none=True)
+        for parameter in self.trainables.values():
+            parameter.grad = None
+        return norm
+
+    def _clip(self) -> float:
+        """Scale the gradients down to the largest norm; their norm before."""
+        parameters = list(self.own.values())
+        if not any(is_sharded(parameter) for parameter in self.trainables.values()):
+            return float(nn.utils.clip_grad_norm_(parameters, self.clip))
+        squares = [
+            (self.own[name].grad.double().square().sum(), parameter)  # type: ignore[union-attr]
+            for name, parameter in self.trainables.items()
+        ]
+        norm = math.sqrt(total(squares))
+        nn.utils.clip_grads_with_norm_(parameters, self.clip, torch.tensor(norm, device=parameters[0].device))
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
-        """Moments by parameter name, for a checkpoint: `<name>/exp_avg`, `<name>/exp_avg_sq`."""
+        """Moments by parameter name, for a checkpoint: `<name>/exp_avg`, `<name>/exp_avg_sq`; sharded as they are."""
         return {
-            f"{name}/{moment}": self.adamw.state[parameter][moment]
+            f"{name}/{moment}": sharded_like(self.adamw.state[self.own[name]][moment], parameter)
             for name, parameter in self.trainables.items()
-            if parameter in self.adamw.state
+            if self.own[name] in self.adamw.state
             for moment in MOMENTS
         }
 
@@ -128,7 +150,15 @@ class Optimizer:
         for group, rate in zip(self.adamw.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
         for name, parameter in self.trainables.items():
-            moments = {moment: tensors[f"{name}/{moment}"].to(parameter.device).clone() for moment in MOMENTS}
+            own = self.own[name]
+            moments = {moment: torch.empty_like(own, requires_grad=False) for moment in MOMENTS}
+            for moment, part in moments.items():
+                put(sharded_like(part, parameter), tensors[f"{name}/{moment}"])
             # A fused step counts on the parameter's device.
-            step = torch.tensor(float(state["adamSteps"]), dtype=torch.float32, device=parameter.device)
-            self.adamw.state[parameter] = {"step": step, **moments}
+            step = torch.tensor(float(state["adamSteps"]), dtype=torch.float32, device=own.device)
+            self.adamw.state[own] = {"step": step, **moments}
+
+
+def _own(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter of the rows that this rank keeps, in the same memory."""
+    return nn.Parameter(own_part(parameter)) if is_sharded(parameter) else parameter

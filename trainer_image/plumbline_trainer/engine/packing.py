@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -198,3 +199,16 @@ def context_places(row: Encoded) -> tuple[int, ...]:
     prompt = len(row.prompt)
     others = (prompt + k for k, own in enumerate(row.responses[0].mask) if not own)
     return tuple(place for place in (*range(prompt), *others) if place > 0)
+
+
+def dummy_of(row: Encoded) -> Encoded:
+    """A row of weight zero and few tokens, for a rank that has nothing left to do in a round."""
+    length = 1 if row.prompt else 2
+    mask = [True] if row.prompt else [False, True]
+    responses = [
+        dataclasses.replace(
+            response, ids=response.ids[:length], mask=mask, reads=(length - 1,) if response.reads else ()
+        )
+        for response in row.responses
+    ]
+    return dataclasses.replace(row, prompt=row.prompt[:1], responses=responses, weight=0.0)

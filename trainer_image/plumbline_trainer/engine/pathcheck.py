@@ -12,6 +12,7 @@ from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.packing import PackedBatch, pack, packed_length
 from plumbline_trainer.engine.scorer import Path, Scorer, recurrent_layers
+from plumbline_trainer.engine.sharding import is_sharded, own_part, start_over
 
 CHECK_TOKENS = 192
 """Tokens of the compared micro-batch: small beside one step."""
@@ -74,7 +75,7 @@ def choose_path(
     batch = pack(_sample(rows, min(tokens, CHECK_TOKENS), window), model.device)
     before = scorer.path
     try:
-        choice = _compare(scorer, batch, trainables)
+        choice = _compare(scorer, batch, trainables, ranks)
     finally:
         scorer.path = before
     if ranks.any(choice.path == "plain") and choice.path == "fast":
@@ -102,7 +103,7 @@ def _is_scored(row: Encoded) -> bool:
     return row.score_context or any(response.reads or any(response.mask) for response in row.responses)
 
 
-def _compare(scorer: Scorer, batch: PackedBatch, trainables: Mapping[str, nn.Parameter]) -> PathChoice:
+def _compare(scorer: Scorer, batch: PackedBatch, trainables: Mapping[str, nn.Parameter], ranks: Ranks) -> PathChoice:
     scorer.path = "plain"
     plain, plain_gradient = _measure(scorer, batch, trainables)
     scorer.path = "fast"
@@ -111,12 +112,13 @@ def _compare(scorer: Scorer, batch: PackedBatch, trainables: Mapping[str, nn.Par
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a model may fail in any way on what it was not made for; the reason is passed on
+        start_over(scorer)
         return PathChoice("plain", f"the fast path fails: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
     if not len(plain):
         return PathChoice("fast", "nothing to compare")
     loss_gap = float((fast.mean() - plain.mean()).abs() / plain.abs().mean().clamp_min(1e-6))
     token_gap = float((fast - plain).abs().max())
-    gradient_gap = _relative_gap(fast_gradient, plain_gradient)
+    gradient_gap = _relative_gap(fast_gradient, plain_gradient, list(trainables.values()), ranks)
     tolerance = TOLERANCES[scorer.precision]
     figures = f"loss {loss_gap:.1e}, token {token_gap:.1e}, gradient {gradient_gap:.1e}"
     # Written so that a NaN is a mismatch.
@@ -137,21 +139,38 @@ def _measure(
     if not len(scores):
         return scores.detach(), []
     factors = torch.randn(scores.shape, generator=torch.Generator().manual_seed(0)).to(scores.device)
-    gradients = torch.autograd.grad((factors * scores).sum(), parameters, allow_unused=True)
-    return scores.detach(), list(gradients)
+    loss = (factors * scores).sum()
+    if not any(is_sharded(parameter) for parameter in parameters):
+        return scores.detach(), list(torch.autograd.grad(loss, parameters, allow_unused=True))
+    loss.backward()
+    found = [None if parameter.grad is None else own_part(parameter.grad) for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return scores.detach(), found
 
 
-def _relative_gap(fast: Sequence[Tensor | None], plain: Sequence[Tensor | None]) -> float:
+def _relative_gap(
+    fast: Sequence[Tensor | None], plain: Sequence[Tensor | None], parameters: Sequence[nn.Parameter], ranks: Ranks
+) -> float:
+    """‖fast − plain‖ / ‖plain‖, of sharded parameters over all ranks."""
     difference = total = 0.0
-    for one, other in zip(fast, plain, strict=True):
+    sharded = any(is_sharded(parameter) for parameter in parameters)
+    for one, other, parameter in zip(fast, plain, parameters, strict=True):
         if one is None and other is None:
             continue
+        if sharded and not is_sharded(parameter) and not ranks.is_main:
+            continue  # Every rank has the whole of it.
         shape = one if other is None else other
         assert shape is not None
         a = torch.zeros_like(shape) if one is None else one
         b = torch.zeros_like(shape) if other is None else other
-        difference += float((a - b).double().square().sum())
-        total += float(b.double().square().sum())
+        scale = float(ranks.size if is_sharded(parameter) else 1)
+        difference += float(((a - b).double() / scale).square().sum())
+        total += float((b.double() / scale).square().sum())
+    if sharded:
+        # All ranks have scored the same rows, so that gradients that were summed are larger by their number.
+        sums = ranks.sum_floats({"difference": difference, "total": total})
+        difference, total = sums["difference"], sums["total"]
     if not difference:
         return 0.0
     return float((difference / total) ** 0.5) if total else float("inf")

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from plumbline_trainer.engine.sharding import own_part, total
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.models.adapters import ADAPTER_NAME
 
@@ -34,6 +35,12 @@ class Moved:
 
     weight: nn.Parameter
     start: Tensor
+    """Of a sharded weight this rank's part."""
+
+    @property
+    def delta(self) -> Tensor:
+        """Δ, of a sharded weight this rank's part."""
+        return own_part(self.weight) - self.start
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ def displacements(model: nn.Module, trainables: Mapping[str, nn.Parameter]) -> d
         factors |= {id(pair.a), id(pair.b)}
     for name, parameter in trainables.items():
         if id(parameter) not in factors:
-            found[name] = Moved(parameter, parameter.detach().clone())
+            found[name] = Moved(parameter, own_part(parameter).detach().clone())
     return found
 
 
@@ -96,19 +103,18 @@ class L2Sp:
     @torch.no_grad()
     def add_gradients(self) -> float:
         """See `Penalty`."""
-        squares: list[Tensor] = []
+        squares: list[tuple[Tensor, Tensor]] = []
         for change in self.changes:
             if isinstance(change, Moved):
-                delta = change.weight - change.start
-                _add(change.weight, delta, self.strength)
-                squares.append(delta.double().square().sum())
+                _add(change.weight, change.delta, self.strength)
+                squares.append((change.delta.double().square().sum(), change.weight))
                 continue
             inner_a, inner_b = change.a @ change.a.t(), change.b.t() @ change.b
             squared = change.scale**2
             _add(change.b, change.b @ inner_a, self.strength * squared)
             _add(change.a, inner_b @ change.a, self.strength * squared)
-            squares.append(squared * (inner_b.double() * inner_a.double()).sum())
-        return 0.5 * self.strength * float(torch.stack(squares).sum())
+            squares.append((squared * (inner_b.double() * inner_a.double()).sum(), change.b))
+        return 0.5 * self.strength * total(squares)
 
 
 class Ewc:
@@ -136,7 +142,7 @@ class Ewc:
         """See `Penalty`."""
         squares: list[Tensor] = []
         for change, fisher in self.pairs:
-            delta = change.weight - change.start if isinstance(change, Moved) else change.scale * (change.b @ change.a)
+            delta = change.delta if isinstance(change, Moved) else change.scale * (change.b @ change.a)
             slope = fisher * delta
             squares.append((slope.double() * delta.double()).sum())
             if isinstance(change, Moved):
@@ -149,4 +155,4 @@ class Ewc:
 
 def _add(parameter: nn.Parameter, gradient: Tensor, factor: float) -> None:
     assert parameter.grad is not None
-    parameter.grad.add_(gradient, alpha=factor)
+    own_part(parameter.grad).add_(gradient, alpha=factor)

@@ -16,6 +16,7 @@ from plumbline_trainer.engine.reference_cache import ReferenceCache, ReferenceKe
 from plumbline_trainer.engine.references import References, by_prompt, row_keys, totals_by_key
 from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.engine.scoring import score_rows
+from plumbline_trainer.engine.sharding import shard
 from plumbline_trainer.engine.trained import policy_identity
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.models.adapters import adapters_disabled
@@ -92,7 +93,9 @@ def _load_reference(run: TrainingRun, policy: Policy, role: str, rows: Sequence[
     """The policy of an input and a scorer around it, with its path chosen."""
     context, training = run.context, run.training
     item = context.input(role)
-    reference = load_policy(context, item, precision=training.precision, device=context.device)
+    shards = training.sharding == "full" and run.ranks.size > 1
+    device = "cpu" if shards else context.device
+    reference = load_policy(context, item, precision=training.precision, device=device)
     if reference.tokenizer.digest != policy.tokenizer.digest:
         raise InputError(
             f'stage {context.run.stage}: the policy and the reference "{item.name}" have '
@@ -100,6 +103,8 @@ def _load_reference(run: TrainingRun, policy: Policy, role: str, rows: Sequence[
         )
     scorer = Scorer(reference.model, precision=run.scorer.precision)
     scorer.eval()
+    if shards:
+        shard(scorer, run.ranks)
     choice = choose_path(scorer, rows, {}, tokens=training.tokens_per_batch, ranks=run.ranks)
     scorer.path = choice.path
     level = context.log.info if choice.path == "fast" else context.log.warning

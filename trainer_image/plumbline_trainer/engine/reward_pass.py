@@ -17,6 +17,7 @@ from plumbline_trainer.data.encode import Encoded, EncodedRows, encode_rows
 from plumbline_trainer.data.loading import load_rows
 from plumbline_trainer.data.splits import Split
 from plumbline_trainer.engine.loop import TrainingRun
+from plumbline_trainer.engine.sharding import own_part
 from plumbline_trainer.engine.trained import row_counts
 from plumbline_trainer.engine.values import ValueHeads, Values, ValueScorer, score_values
 from plumbline_trainer.evaluation.rewards import HeldOutFigures, RewardedRow, measure_rewards
@@ -49,7 +50,7 @@ def round_as_stored(policy: Policy, lora: Lora | None) -> None:
     if lora is not None:
         return
     with torch.no_grad():
-        for parameter in policy.model.parameters():
+        for parameter in map(own_part, policy.model.parameters()):
             parameter.copy_(parameter.to(torch_dtype(policy.storage_dtype)))
 
 
@@ -127,6 +128,7 @@ def save_reward(
     measured: tuple[Split, HeldOutFigures] | None,
 ) -> StageOutput | None:
     """Write the reward model and what is known of it, on rank 0."""
+    run.gather()
     if not run.ranks.is_main:
         return None
     folder = context.scratch / "output"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,9 @@ class Scorer(nn.Module):
     The same batch gives the same numbers on either path, up to rounding.
     """
 
+    entries: ClassVar[tuple[str, ...]] = ("with_divergence", "with_entropy")
+    """Methods that run the model, beside `forward`: sharded weights are put together around them."""
+
     def __init__(self, model: PreTrainedModel, *, precision: str = "float32", path: Path = "fast") -> None:
         """Wrap a model.
 
@@ -59,6 +62,8 @@ class Scorer(nn.Module):
         self.path: Path = path
         self.temperature = 1.0
         """Divides the logits, on either path."""
+        self.most: Callable[[int], int] | None = None
+        """Where weights are sharded, the largest of a count over ranks: all must run the model equally often."""
         register()
 
     def trainables(self) -> dict[str, nn.Parameter]:
@@ -164,10 +169,11 @@ class Scorer(nn.Module):
         model = self.model
         around: list[tuple[Tensor, Tensor]] = []
         contexts = {context.row: context.places for context in batch.contexts}
-        for answer in batch.answers:
-            context = contexts.pop(answer.row, ())  # it belongs to the row's first answer
-            if not answer.offsets and not context:
-                continue
+        # A row's context belongs to its first answer.
+        runs = [(answer, contexts.pop(answer.row, ())) for answer in batch.answers]
+        runs = [(answer, context) for answer, context in runs if answer.offsets or context]
+        idle = self._idle_runs(batch, len(runs))
+        for answer, context in runs:
             prompt = batch.rows[answer.row].prompt
             ids = torch.tensor([[*prompt, *answer.response.ids]], device=batch.input_ids.device)
             with self._arranged(plain_implementation(model), one_piece=False):
@@ -180,6 +186,18 @@ class Scorer(nn.Module):
             if context:
                 around.append((logs[len(own) :], targets[len(own) :]))
         yield from around
+        for ids in idle:
+            with self._arranged(plain_implementation(model), one_piece=False):
+                logits = model(input_ids=ids, use_cache=False).logits[0]
+            yield torch.log_softmax(logits[:0].float(), dim=-1), ids[0, :0]
+
+    def _idle_runs(self, batch: PackedBatch, runs: int) -> list[Tensor]:
+        """[1, 1] ids for each further run of the model that another rank needs. Ask before the first run.
+
+        Nothing is taken from their outputs; an empty part of them brings the gradient 0.
+        """
+        missing = 0 if self.most is None else self.most(runs) - runs
+        return [batch.input_ids.reshape(-1)[:1].reshape(1, 1)] * missing
 
     @contextmanager
     def _arranged(self, implementation: str, *, one_piece: bool) -> Iterator[None]:
@@ -198,7 +216,9 @@ class Scorer(nn.Module):
     def _autocast(self) -> AbstractContextManager[object]:
         if self.precision != "bfloat16":
             return nullcontext()
-        return torch.autocast(self.model.device.type, dtype=torch.bfloat16)
+        # Casts that are kept for the length of a call would keep every layer's weights.
+        kept = self.most is None
+        return torch.autocast(self.model.device.type, dtype=torch.bfloat16, cache_enabled=kept)
 
 
 def _smoothed(logs: Tensor, ids: Tensor, smoothing: float) -> Tensor:

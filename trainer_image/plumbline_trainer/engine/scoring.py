@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.distributed import Ranks
-from plumbline_trainer.engine.packing import PackedBatch, pack, packed_length
+from plumbline_trainer.engine.packing import PackedBatch, dummy_of, pack, packed_length
 from plumbline_trainer.engine.pathcheck import choose_path
 from plumbline_trainer.engine.schedule import fill_batches
 from plumbline_trainer.engine.scorer import Scorer
@@ -96,6 +96,8 @@ def _scored(
     for members, batch in shared_batches(encoded, tokens_per_batch, device, ranks, at_batch):
         with torch.no_grad():
             scores = measure(batch).to(flat.device)
+        if not members:
+            continue
         counts = [0] * len(members)
         for answer in batch.answers:
             start = starts[members[answer.row]][counts[answer.row]]
@@ -121,11 +123,14 @@ def shared_batches(
     ranks: Ranks,
     at_batch: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[list[int], PackedBatch]]:
-    """This rank's batches, and the indices of the rows in each; `at_batch` is called on every rank alike."""
+    """This rank's batches, and the indices of the rows in each; `at_batch` is called on every rank alike.
+
+    Every rank gets equally many: one that has nothing left gets a dummy, without indices.
+    """
     batches = fill_batches([packed_length(row) for row in encoded], budget=tokens_per_batch)
     for done in range(0, len(batches), ranks.size):
         if at_batch is not None:
             at_batch(done, len(batches))
-        if done + ranks.rank < len(batches):
-            members = batches[done + ranks.rank]
-            yield members, pack([encoded[index] for index in members], device)
+        mine = done + ranks.rank
+        members = batches[mine] if mine < len(batches) else []
+        yield members, pack([encoded[index] for index in members] or [dummy_of(encoded[0])], device)

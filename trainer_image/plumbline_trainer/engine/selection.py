@@ -7,10 +7,13 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from plumbline_api.training import EarlyStopping, Training
 from torch import nn
 
-from plumbline_trainer.engine.state import SELECTED, TrainingState, read_weights, write_weights
+from plumbline_trainer.engine.distributed import Ranks
+from plumbline_trainer.engine.sharding import put
+from plumbline_trainer.engine.state import SELECTED, TrainingState, load_weights, write_weights
 from plumbline_trainer.errors import InputError
 
 
@@ -60,7 +63,7 @@ class Selection:
             self.state.selected = {**means, "step": float(self.state.step)}
             if writes:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                write_weights(self.path, trainables)
+            write_weights(self.path, trainables, writes=writes)
         return self.stopping is not None and self._waited_out(value if finite else None, self.stopping)
 
     def _waited_out(self, value: float | None, stopping: EarlyStopping) -> bool:
@@ -87,7 +90,13 @@ class Selection:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / SELECTED, self.path)
 
-    def put_back(self, trainables: Mapping[str, nn.Parameter]) -> None:
-        """Make the selected weights the model's own."""
-        if self.state.selected:
-            read_weights(self.path, trainables)
+    def put_back(self, trainables: Mapping[str, nn.Parameter], ranks: Ranks | None = None) -> None:
+        """Make the selected weights, which rank 0 has kept, the model's own on every rank."""
+        if not self.state.selected:
+            return
+        ranks = ranks or Ranks()
+        kept = load_weights(self.path, trainables) if ranks.is_main else {}
+        for name, parameter in trainables.items():
+            value = kept[name].to(ranks.device) if ranks.is_main else torch.empty(parameter.shape, device=ranks.device)
+            ranks.share([value])
+            put(parameter, value)

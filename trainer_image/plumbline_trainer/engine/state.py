@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from plumbline_trainer.engine import scorer
 from plumbline_trainer.engine.optimizer import Optimizer
+from plumbline_trainer.engine.sharding import gathered, put
 
 WEIGHTS = "trainables.safetensors"
 SELECTED = "selected.safetensors"
@@ -60,20 +60,34 @@ class TrainingState:
 
 
 def write_state(
-    folder: Path, state: TrainingState, trainables: Mapping[str, nn.Parameter], optimizer: Optimizer
+    folder: Path,
+    state: TrainingState,
+    trainables: Mapping[str, nn.Parameter],
+    optimizer: Optimizer,
+    *,
+    writes: bool = True,
 ) -> None:
-    """Write a checkpoint's files; the tensors are copied out of the device now."""
-    folder.mkdir(parents=True)
-    write_weights(folder / WEIGHTS, trainables)
-    save_file({name: tensor.cpu().contiguous() for name, tensor in optimizer.tensors().items()}, folder / MOMENTS)
+    """Write a checkpoint's files; the tensors are copied out of the device now.
+
+    Every rank calls it, because sharded tensors are put together; one writes.
+    """
+    if writes:
+        folder.mkdir(parents=True)
+    write_weights(folder / WEIGHTS, trainables, writes=writes)
+    moments = gathered(optimizer.tensors(), keeps=writes)
+    if not writes:
+        return
+    save_file(moments, folder / MOMENTS)
     document = {"version": VERSION, "state": asdict(state), "optimizer": optimizer.state()}
     # Python writes floats so that reading gives the same bits.
     (folder / STATE).write_text(json.dumps(document), encoding="utf-8")
 
 
-def write_weights(path: Path, trainables: Mapping[str, nn.Parameter]) -> None:
-    """Write trained weights by parameter name."""
-    save_file({name: parameter.detach().cpu().contiguous() for name, parameter in trainables.items()}, path)
+def write_weights(path: Path, trainables: Mapping[str, nn.Parameter], *, writes: bool = True) -> None:
+    """Write trained weights by parameter name. Every rank calls it; one writes."""
+    weights = gathered(trainables, keeps=writes)
+    if writes:
+        save_file(weights, path)
 
 
 def read_weights(path: Path, trainables: Mapping[str, nn.Parameter]) -> None:
@@ -82,13 +96,22 @@ def read_weights(path: Path, trainables: Mapping[str, nn.Parameter]) -> None:
     Raises:
         ValueError: if they are of another model or adapter.
     """
-    weights = load_file(path)
+    weights = load_weights(path, trainables)
+    for name, parameter in trainables.items():
+        put(parameter, weights[name])
+
+
+def load_weights(path: Path, trainables: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Trained weights from a file, whole.
+
+    Raises:
+        ValueError: if they are of another model or adapter.
+    """
+    weights: dict[str, Tensor] = load_file(path)
     if set(weights) != set(trainables):
         odd = min(set(weights) ^ set(trainables))
         raise ValueError(f"the checkpoint does not fit the stage: {odd} is only in one of them")
-    with torch.no_grad():
-        for name, parameter in trainables.items():
-            parameter.copy_(weights[name])
+    return weights
 
 
 def read_progress(folder: Path) -> TrainingState:

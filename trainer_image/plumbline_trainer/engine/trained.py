@@ -15,6 +15,7 @@ from plumbline_trainer.data.encode import EncodedRows
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.range_test import smoothed, suggest
+from plumbline_trainer.engine.sharding import is_sharded, whole
 from plumbline_trainer.models.adapters import adapter_of, attach_lora, save_adapter
 from plumbline_trainer.models.merging import LOST_PART_WARNING, stored_weights, weights_digest
 from plumbline_trainer.models.policy import Policy, digest_with, load_policy, lost_part_advice, policy_meta
@@ -38,13 +39,14 @@ def weights_precision(parameters: TunedStage) -> str:
 
 
 def load_start(context: StageContext, parameters: TunedStage) -> Policy:
-    """The policy that the stage starts from, on its device; what will be held in four bits waits on the CPU."""
+    """The policy that a stage starts from, on its device; what is held in four bits or sharded waits on the CPU."""
     quantized = parameters.lora is not None and parameters.lora.quantization is not None
+    waits = quantized or (parameters.training.sharding == "full" and context.world_size > 1)
     return load_policy(
         context,
         context.input("model"),
         precision=weights_precision(parameters),
-        device="cpu" if quantized else context.device,
+        device="cpu" if waits else context.device,
     )
 
 
@@ -76,7 +78,10 @@ def policy_identity(policy: Policy) -> str:
     if content is None and not lineage.adapters:
         content = lineage.base.get("digest") or lineage.base.get("manifestDigest")
     if content is None:  # a model that nobody pinned, or a chain whose merge nobody has recorded
-        content = weights_digest(stored_weights(policy.model).items())
+        weights = stored_weights(policy.model).items()
+        content = weights_digest(
+            (name, whole(weight).cpu() if is_sharded(weight) else weight) for name, weight in weights
+        )
     return f"{content}/{policy.storage_dtype}/{policy.precision}/{policy.quantization or 'whole'}"
 
 
@@ -104,10 +109,12 @@ def save_policy(
     context: StageContext, run: Attempt, policy: Policy, lora: Lora | None, encoded: EncodedRows
 ) -> StageOutput | None:
     """Write what was trained, on rank 0: the adapter alone, or full weights; of a range test its report."""
+    if isinstance(run, TrainingRun):
+        if run.training.range_test is not None:
+            return save_range_test(context, run) if run.ranks.is_main else None
+        run.gather()
     if not run.ranks.is_main:
         return None
-    if isinstance(run, TrainingRun) and run.training.range_test is not None:
-        return save_range_test(context, run)
     folder = context.scratch / "output"
     counts = row_counts(encoded)
     if lora is None:

@@ -13,9 +13,8 @@ from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.accumulation import accumulate
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.experience import Experience
-from plumbline_trainer.engine.loop import dummy_of
 from plumbline_trainer.engine.online_state import Trained
-from plumbline_trainer.engine.packing import PackedBatch
+from plumbline_trainer.engine.packing import PackedBatch, dummy_of
 from plumbline_trainer.engine.policy_gradient import PolicyObjective, ValueObjective
 from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.engine.scoring import score_entropies, score_rows

@@ -81,14 +81,17 @@ class ValueScorer(Scorer):
 
     def _plain_hidden(self, batch: PackedBatch) -> Iterator[Tensor]:
         """[n, d] outputs of the last layer that are read of each answer."""
-        for answer in batch.answers:
-            if not answer.response.reads:
-                continue
+        read = [answer for answer in batch.answers if answer.response.reads]
+        idle = self._idle_runs(batch, len(read))
+        for answer in read:
             prompt = batch.rows[answer.row].prompt
             ids = torch.tensor([[*prompt, *answer.response.ids]], device=batch.input_ids.device)
             with self._arranged(plain_implementation(self.model), one_piece=False):
                 hidden = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
             yield hidden[torch.tensor(answer.response.reads, device=ids.device) + len(prompt)]
+        for ids in idle:
+            with self._arranged(plain_implementation(self.model), one_piece=False):
+                yield self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, :0]
 
 
 def score_values(

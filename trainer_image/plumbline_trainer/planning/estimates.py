@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from plumbline_api.evaluation import Evaluate
 from plumbline_api.methods import TRAINING_STAGES, Kl
-from plumbline_api.online import OnlineStage, Ppo
+from plumbline_api.online import ONLINE_STAGES, OnlineStage, Ppo
 from plumbline_api.record import StageRecord, own_parameters
 from plumbline_api.training import TunedStage
 
@@ -104,8 +104,23 @@ def estimate(
         row = _longest_row(stage, rows, training.max_length)
         # A micro-batch is part of a step, and a row longer than the budget stands alone.
         longest = max(row, min(longest, row * training.global_batch))
-    memory = _training_memory(parameters, facts, longest, names, limit)
+    memory = _training_memory(parameters, facts, longest, names, limit, _parts(stage, parameters))
     return Estimate(steps, tokens, memory, gpu_hours)
+
+
+def can_be_sharded(stage: StageRecord) -> bool:
+    """Whether a stage has several ranks to share weights out over, and does not."""
+    if stage.type not in TRAINING_STAGES or stage.type in ONLINE_STAGES:
+        return False
+    return stage.parameters.get("training", {}).get("sharding", "none") == "none" and _ranks(stage) > 1
+
+
+def _ranks(stage: StageRecord) -> int:
+    return stage.resources.nodes * max(stage.resources.gpus_per_node or 1, 1)
+
+
+def _parts(stage: StageRecord, parameters: TunedStage) -> int:
+    return _ranks(stage) if parameters.training.sharding == "full" else 1
 
 
 def _online(
@@ -192,16 +207,37 @@ def _training_memory(
     tokens: int,
     names: ModuleNames | None,
     limit: int | None,
+    parts: int = 1,
 ) -> int:
-    """Of one rank; activations are computed again where the stage says so, or where they would not fit otherwise."""
+    """Of one rank; activations are computed again where the stage says so, or where they would not fit otherwise.
+
+    Where weights are cut into parts, a rank holds one of each, and the embeddings and two blocks whole while they
+    compute; adapters are whole on every rank.
+    """
     training = parameters.training
     width = 2 if training.precision == "bfloat16" else 4
     weights = _weights(parameters, facts, names)
+    if parts > 1:
+        trained = weights.trained if parameters.lora is not None else weights.trained // parts
+        weights = replace(weights, frozen=weights.frozen // parts, trained=trained, held=weights.held // parts)
     plain, recomputed = (
-        training_memory(facts, weights, tokens=tokens, width=width, recomputed=again) for again in (False, True)
+        training_memory(facts, weights, tokens=tokens, width=width, recomputed=again)
+        + (_put_together(parameters, facts, width, recomputed=again) if parts > 1 else 0)
+        for again in (False, True)
     )
     chosen = training.gradient_checkpointing
     return recomputed if chosen or (chosen is None and not fits(plain, limit)) else plain
+
+
+def _put_together(parameters: TunedStage, facts: ModelFacts, width: int, *, recomputed: bool) -> int:
+    """Bytes that sharded weights take while they compute."""
+    around = facts.vocabulary * facts.hidden
+    open_ = around + 2 * max(facts.parameters - around, 0) / facts.layers
+    if parameters.lora is not None:
+        return round(open_ * width)
+    # Float32 weights and their gradients before they are summed over ranks; autograd keeps the casts of all layers
+    # until the backward pass.
+    return round(8 * open_ + (2 * facts.parameters if width == 2 and not recomputed else 0))
 
 
 def _weights(parameters: TunedStage, facts: ModelFacts, names: ModuleNames | None) -> Weights:

@@ -19,7 +19,7 @@ from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.data.loading import load_dataset
 from plumbline_trainer.errors import InputError, Interrupted
 from plumbline_trainer.planning.datasets import DatasetFindings, Leak, as_input, find_leaks, survey
-from plumbline_trainer.planning.estimates import Estimate, estimate
+from plumbline_trainer.planning.estimates import Estimate, can_be_sharded, estimate
 from plumbline_trainer.planning.facts import ModelFacts, local_tokenizer, model_facts, reading
 from plumbline_trainer.planning.hits import Hit, find_hits
 from plumbline_trainer.planning.lengths import length_note
@@ -229,8 +229,10 @@ def notes(record: RunRecord, found: Findings) -> list[str]:
     for stage in record.stages:
         need, has = found.estimates[stage.name].memory, memory_of_a_rank(record, stage)
         if has is not None and need is not None and stage.resources.gpus_per_node and need > has:
+            remedy = "; training.sharding: full would share it out" if can_be_sharded(stage) else ""
             said.append(
                 f"{stage.name} is estimated to need {shown_bytes(need)} per accelerator, which has {shown_bytes(has)}"
+                f"{remedy}"
             )
         for _, source in dataset_inputs(record, stage) if stage.type == "kto" else ():
             parameters = Kto.model_validate(own_parameters(stage.parameters))
