@@ -38,11 +38,11 @@ def replaced(index: int, stage: dict[str, Any]) -> list[dict[str, Any]]:
 # Golden: these change only when a numerics version is raised or the fingerprint's definition changes, and then every
 # stage in every user's storage is computed anew. Never edit them for convenience.
 GOLDEN = {
-    "domain": "13317ef7d8f1c24eddf00b026d929746ec6881c0ac0062fa39b8643260487f80",
-    "sft": "3982c2c8ae1c0201e824856166c4e4d736ccdf063d2f32b7d5a67e30e03a5b47",
-    "dpo": "88eec9376cecbaeadc582e38988d5fbd7a5429a61cc466d9c0d40eef73c42d33",
-    "final": "3692990faa0e86874022c9473d0f0d547493b488e5c46d7d94000c3af3ef909e",
-    "exam": "0257afbdb58bbcd8f66a0c3dbaae987dab30bbbc69b4bf79162230c61a874369",
+    "domain": "71ebbf68cb6057b7a372d71610944a047d9799af142ab23ad6040c9a68561201",
+    "sft": "90e252c856b89ae2e3bec319bcd44447594fad6ee5560e066a6b269c21e72cf8",
+    "dpo": "040a2f6e90466878d25ae2354d8a3fb232748f621275f0f4e68b5bce019d8bbc",
+    "final": "a2f8130d031f7d6a684d9e961e5a35b32a3bd68e7fa55d8e3d3ccb31f5183b38",
+    "exam": "b09355795e69fc000852436d06f7c43cdf6b86a9b59b21af2ee6f071ebc8a2d4",
 }
 
 
