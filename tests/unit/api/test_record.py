@@ -38,11 +38,11 @@ def replaced(index: int, stage: dict[str, Any]) -> list[dict[str, Any]]:
 # Golden: these change only when a numerics version is raised or the fingerprint's definition changes, and then every
 # stage in every user's storage is computed anew. Never edit them for convenience.
 GOLDEN = {
-    "domain": "c3cc41eec5b16f72239e48c28d52d80f1a398ba1cf7adbe39aee05ffdf51694e",
-    "sft": "1e9d18f0e76731b518e94cddfbd7ea70b1a4e56f1a643c4dc9680ef293bb5cde",
-    "dpo": "2fdea957b05f2b11998117287974c763ce0cb5c029430866837fe12a65646278",
-    "final": "97d5c4a310c1a78de029284a6dee04508bb768ca9374b05eeb6ed95ff25fe8f2",
-    "exam": "fc418e66fe8ea86323cecd44052bc9b11d56a802170bca0f4c0c9eb3d30344b5",
+    "domain": "71ebbf68cb6057b7a372d71610944a047d9799af142ab23ad6040c9a68561201",
+    "sft": "90e252c856b89ae2e3bec319bcd44447594fad6ee5560e066a6b269c21e72cf8",
+    "dpo": "040a2f6e90466878d25ae2354d8a3fb232748f621275f0f4e68b5bce019d8bbc",
+    "final": "a2f8130d031f7d6a684d9e961e5a35b32a3bd68e7fa55d8e3d3ccb31f5183b38",
+    "exam": "b09355795e69fc000852436d06f7c43cdf6b86a9b59b21af2ee6f071ebc8a2d4",
 }
 
 
@@ -61,13 +61,17 @@ def test_an_edit_changes_the_stage_and_what_depends_on_it() -> None:
     assert [name for name in before if before[name] != after[name]] == ["sft", "dpo", "final", "exam"]
 
 
-def test_resources_retries_and_checkpoint_interval_do_not_change_fingerprints() -> None:
+def test_resources_retries_and_what_steers_a_run_do_not_change_fingerprints() -> None:
     stage = {
         "name": "sft",
         "retries": 5,
         "timeout": "1h",
         "resources": {"nodes": 2, "memory": "8Gi"},
-        "sft": {"dataset": "tickets", "lora": {"rank": 4}, "training": {"checkpointEverySteps": 3}},
+        "sft": {
+            "dataset": "tickets",
+            "lora": {"rank": 4},
+            "training": {"checkpointEverySteps": 3, "gradientCheckpointing": True},
+        },
     }
     assert prints(stages=replaced(1, stage)) == prints()
 

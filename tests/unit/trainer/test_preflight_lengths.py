@@ -10,8 +10,9 @@ from plumbline_trainer.data.encode import Method, encode_rows
 from plumbline_trainer.data.loading import load_rows
 from plumbline_trainer.engine.objective import row_tokens
 from plumbline_trainer.models.loading import load_tokenizer
-from plumbline_trainer.planning.estimates import RUNTIME_BYTES, can_be_sharded, estimate
+from plumbline_trainer.planning.estimates import can_be_sharded, estimate
 from plumbline_trainer.planning.facts import ModelFacts
+from plumbline_trainer.planning.memory import RUNTIME_BYTES
 from support import tiny
 from support.preflighting import pipeline, plan_of, preflight
 from support.trainer import LocalPipeline, stage_context, write_jsonl

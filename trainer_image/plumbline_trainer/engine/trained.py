@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Protocol, TypeVar
 
+from plumbline_api.record import own_parameters
 from plumbline_api.training import Freeze, Lora, Training, TunedStage
 from transformers import PreTrainedModel
 
@@ -24,15 +25,12 @@ from plumbline_trainer.models.selection import module_names, select
 from plumbline_trainer.report.curves import draw_range_test, standalone
 
 Parameters = TypeVar("Parameters", bound=TunedStage)
-BESIDE_PARAMETERS = ("seed", "abortWhen")
-"""What a record holds among a stage's parameters that is no field of its type."""
 
 
 def stage_parameters(context: StageContext, model: type[Parameters]) -> tuple[Parameters, int]:
     """The stage's parameters and its seed."""
     given = context.run.parameters
-    parameters = model.model_validate({name: value for name, value in given.items() if name not in BESIDE_PARAMETERS})
-    return parameters, int(given.get("seed", 0))
+    return model.model_validate(own_parameters(given)), int(given.get("seed", 0))
 
 
 def weights_precision(parameters: TunedStage) -> str:
@@ -41,13 +39,14 @@ def weights_precision(parameters: TunedStage) -> str:
 
 
 def load_start(context: StageContext, parameters: TunedStage) -> Policy:
-    """The policy that a stage starts from; one that is going to be sharded stays on the CPU until then."""
-    waits = parameters.training.sharding == "full" and context.world_size > 1
+    """The policy that the stage starts from, on its device; to be sharded or quantised it waits on the CPU."""
+    quantized = parameters.lora is not None and parameters.lora.quantization is not None
+    sharded = parameters.training.sharding == "full" and context.world_size > 1
     return load_policy(
         context,
         context.input("model"),
         precision=weights_precision(parameters),
-        device="cpu" if waits else context.device,
+        device="cpu" if quantized or sharded else context.device,
     )
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from plumbline_trainer.context import StageContext
     from plumbline_trainer.models.tokenizer import Tokenizer
 
-FINDINGS_VERSION = 3
+FINDINGS_VERSION = 4
 """Raised when the same rows would be found otherwise."""
 MEASURED_ROWS = 20_000
 """Rows whose tokens are counted at most; of more, evenly spread ones are taken."""
@@ -55,6 +55,8 @@ class SplitFindings:
     """Where the row with the longest prompt was read."""
     shapes: list[list[int]] = field(default_factory=list)
     """Tokens of the prompt, then of each answer, of the rows at 0 %, 1 %, … 100 % by their sum."""
+    is_text: bool = False
+    """Whether rows are raw text, which goes on in the next sequence where it is longer than one."""
 
     @property
     def labels(self) -> LabelCounts:
@@ -65,11 +67,20 @@ class SplitFindings:
         """Tokens that so many percent of rows do not exceed."""
         return self.quantiles[share] if self.quantiles else 0
 
+    def sequences(self, max_length: int) -> int:
+        """Rows as they are trained: raw text longer than `max_length` makes several."""
+        if not self.is_text or not self.quantiles:
+            return self.rows
+        # One token alone has no label and is left out.
+        pieces = sum(math.ceil((length - 1) / max_length) for length in self.quantiles)
+        return max(1, round(self.rows * pieces / len(self.quantiles)))
+
     def tokens(self, max_length: int) -> float:
-        """Tokens of all rows, each cut at `max_length`."""
+        """Tokens of all rows; each is cut at `max_length`, or, of raw text, goes on in the next sequence."""
         if not self.quantiles:
             return 0.0
-        return self.rows * sum(min(length, max_length) for length in self.quantiles) / len(self.quantiles)
+        limit = NO_LIMIT if self.is_text else max_length
+        return self.rows * sum(min(length, limit) for length in self.quantiles) / len(self.quantiles)
 
     def packed(self, max_length: int, *, as_pairs: bool) -> list[int]:
         """Tokens of each measured row as it is packed: its prompt once, then each answer cut at the limit.
@@ -204,6 +215,7 @@ def _survey(context: StageContext, item: StageInput, tokenizer: Tokenizer) -> Da
             prompts=quantiles(prompts),
             longest=longest,
             shapes=quantiles(shapes),
+            is_text=parsed.format == "text",
         )
     return DatasetFindings(
         name=item.name,

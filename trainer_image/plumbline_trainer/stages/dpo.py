@@ -8,6 +8,7 @@ from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.engine.distributed import joined_ranks
 from plumbline_trainer.engine.preference import dpo_objective
 from plumbline_trainer.engine.preference_run import load_preferences, open_run
+from plumbline_trainer.engine.recomputation import recomputes
 from plumbline_trainer.engine.reference_pass import find_references
 from plumbline_trainer.engine.scorer import prepare_modes
 from plumbline_trainer.engine.trained import load_start, save_policy, stage_parameters
@@ -26,9 +27,7 @@ def run(context: StageContext) -> StageOutput | None:
         # The model's weights are still those it starts from: only now does a resumed run take up its own.
         references = find_references(run, policy, rows.held_out)
         run.resume()
-        prepare_modes(
-            run.scorer, adapter_dropout=False, gradient_checkpointing=parameters.training.gradient_checkpointing
-        )
+        prepare_modes(run.scorer, adapter_dropout=False, gradient_checkpointing=recomputes(run))
 
         # Loop
         run.train(dpo_objective(parameters, references), rows.held_out)

@@ -8,6 +8,7 @@ from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.engine.distributed import joined_ranks
 from plumbline_trainer.engine.preference import orpo_objective
 from plumbline_trainer.engine.preference_run import load_preferences, open_run
+from plumbline_trainer.engine.recomputation import recomputes
 from plumbline_trainer.engine.scorer import prepare_modes
 from plumbline_trainer.engine.trained import load_start, save_policy, stage_parameters
 
@@ -25,9 +26,7 @@ def run(context: StageContext) -> StageOutput | None:
         # Build
         run = open_run(context, ranks, policy, parameters, rows, seed)
         run.resume()
-        prepare_modes(
-            run.scorer, adapter_dropout=False, gradient_checkpointing=parameters.training.gradient_checkpointing
-        )
+        prepare_modes(run.scorer, adapter_dropout=False, gradient_checkpointing=recomputes(run))
 
         # Loop
         run.train(orpo_objective(parameters), rows.held_out)
