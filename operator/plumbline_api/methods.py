@@ -93,6 +93,11 @@ class LikelihoodStage(PolicyStage):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if self.kl is not None and not self.kl.is_start and self.training.sharding != "none":
+            raise ValueError(
+                "kl.reference and kl.baseModel hold another model whole beside the one that training.sharding cuts. "
+                "Leave one of the two out"
+            )
         if self.kl is not None and self.kl.is_start and self.lora is None:
             raise ValueError(
                 "kl compares with the stage's start by switching the adapter off; set lora, name the policy to compare "

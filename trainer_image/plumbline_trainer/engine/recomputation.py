@@ -14,6 +14,7 @@ from plumbline_trainer.engine.layers import layer_depths
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.packing import packed_length
 from plumbline_trainer.engine.scorer import Scorer
+from plumbline_trainer.engine.sharding import own_part
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.planning.memory import Weights, fits, shown_bytes, sizes_of, training_memory
 
@@ -97,12 +98,12 @@ def memory_of_this_rank(context: StageContext) -> int | None:
 def estimated(scorer: Scorer, tokens: int, penalties: Sequence[str], beside: Sequence[Scorer]) -> int:
     """Bytes of this rank if activations are kept; the other arguments as for `computes_again`."""
     trainables = scorer.trainables()
-    trained = sum(parameter.numel() for parameter in trainables.values())
+    trained = sum(own_part(parameter).numel() for parameter in trainables.values())
     own = {id(parameter) for parameter in scorer.parameters()}
     others = [parameter for one in beside for parameter in one.parameters() if id(parameter) not in own]
     trained += sum(parameter.numel() for parameter in others if parameter.requires_grad)  # a critic learns as well
     frozen = sum(
-        parameter.numel() * parameter.element_size()
+        own_part(parameter).numel() * parameter.element_size()
         for parameter in [*scorer.parameters(), *others]
         if not parameter.requires_grad
     )

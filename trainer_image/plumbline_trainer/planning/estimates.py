@@ -262,6 +262,9 @@ def _weights(parameters: TunedStage, facts: ModelFacts, names: ModuleNames | Non
     kl = getattr(parameters, "kl", None)
     if isinstance(kl, Kl) and not kl.is_start:
         held += facts.parameters * (2 if training.precision == "bfloat16" else 4)
+    if cut > 1:
+        held, frozen = held // cut + _put_together(parameters, facts), frozen // cut
+        trained = trained if lora is not None else trained // cut
     return Weights(frozen=frozen, trained=trained, blocks=blocks, held=held)
 
 
