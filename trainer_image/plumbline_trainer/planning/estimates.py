@@ -68,8 +68,8 @@ def estimate(
     parameters = model.model_validate(own_parameters(stage.parameters))
     training = parameters.training
     if isinstance(parameters, OnlineStage):
-        memory = partial(_training_memory, parameters, facts, names=names, limit=limit)
-        return _online(stage, parameters, facts, rows, tokens_per_second, memory)
+        training_memory_of = partial(_training_memory, parameters, facts, names=names, limit=limit)
+        return _online(stage, parameters, facts, rows, tokens_per_second, training_memory_of)
     steps = tokens = gpu_hours = None
     if rows is not None and rows.rows:
         shares = [item.share for item in getattr(parameters, "rehearsal", None) or ()]
@@ -262,9 +262,6 @@ def _weights(parameters: TunedStage, facts: ModelFacts, names: ModuleNames | Non
     kl = getattr(parameters, "kl", None)
     if isinstance(kl, Kl) and not kl.is_start:
         held += facts.parameters * (2 if training.precision == "bfloat16" else 4)
-    if cut > 1:
-        held, frozen = held // cut + _put_together(parameters, facts), frozen // cut
-        trained = trained if lora is not None else trained // cut
     return Weights(frozen=frozen, trained=trained, blocks=blocks, held=held)
 
 
