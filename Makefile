@@ -81,7 +81,7 @@ cluster-down: $(VENV)/.dev ## Remove everything that cluster-up made
 e2e: $(VENV)/.dev ## Tests on the real node with real images, S3 and Helm
 	$(BIN)/python -m pytest tests/e2e
 
-bench: $(VENV)/.dev ## Measure hand-over, operator memory, checkpoint transfer and the quickstart
+bench: $(VENV)/.dev ## Measure hand-over, operator memory, checkpoint transfer, rollouts and the quickstart
 	$(BIN)/python -m tests.bench
 
 bench-trainer: $(VENV)/.dev $(PPO_PEER)/.made ## Measure the training engine beside trl; BENCH="--methods dpo --rows 32" asks for less

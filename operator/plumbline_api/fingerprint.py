@@ -8,7 +8,7 @@ from typing import Any
 
 REFERENCE_FIELDS = frozenset({"dataset", "reference", "baseline", "source", "stage", "base"})
 """Fields that name an input. Inputs enter a fingerprint by their content, so that a new name is not new work."""
-OPERATIONAL_FIELDS = frozenset({"checkpointEverySteps"})
+OPERATIONAL_FIELDS = frozenset({"checkpointEverySteps", "gradientCheckpointing"})
 """Fields that change how a stage is run but no bit of what it yields."""
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from plumbline_api.artifacts import PREFERENCE_FORMATS, ArtifactKind
-from plumbline_api.methods import LikelihoodStage
+from plumbline_api.methods import LikelihoodStage, PolicyStage
 from plumbline_api.online import SampledStage
 from plumbline_api.pipeline import PipelineSpec
 from plumbline_api.stages import (
@@ -28,7 +28,7 @@ class Reference:
     """A name that a stage uses for an input."""
 
     role: str
-    """`model`, `models.N`, `base`, `reference`, `baseline`, `dataset`, `prompts`, `rewards.N.stage`, `critic.start`, `sycophancy.dataset`, `rehearsal.N.dataset`, `ewc.dataset`, `suites.N.dataset` or `suites.N.judge`."""
+    """`model`, `models.N`, `base`, `reference`, `kl.reference`, `baseline`, `dataset`, `prompts`, `rewards.N.stage`, `critic.start`, `sycophancy.dataset`, `rehearsal.N.dataset`, `ewc.dataset`, `suites.N.dataset` or `suites.N.judge`."""
     field: str
     """Path of the field below `spec.`."""
     target: str
@@ -84,14 +84,18 @@ def references(spec: PipelineSpec, index: int) -> Iterator[Reference]:
                 ArtifactKind.DATASET,
                 REHEARSAL_FORMATS,
             )
-        if value.ewc is not None:
-            yield Reference(
-                "ewc.dataset",
-                f"{here}.{stage.type}.ewc.dataset",
-                value.ewc.dataset,
-                ArtifactKind.DATASET,
-                REHEARSAL_FORMATS,
-            )
+        if value.kl is not None and not value.kl.is_start:
+            named = "reference" if value.kl.reference is not None else "baseModel"
+            target = BASE_MODEL if value.kl.reference is None else value.kl.reference
+            yield Reference("kl.reference", f"{here}.{stage.type}.kl.{named}", target, ArtifactKind.POLICY)
+    if isinstance(value, PolicyStage) and value.ewc is not None:
+        yield Reference(
+            "ewc.dataset",
+            f"{here}.{stage.type}.ewc.dataset",
+            value.ewc.dataset,
+            ArtifactKind.DATASET,
+            REHEARSAL_FORMATS,
+        )
     if stage.evaluate is not None:
         baseline = stage.evaluate.baseline
         yield Reference(

@@ -32,38 +32,35 @@ class Ewc(Contract):
 
 
 class Kl(Contract):
-    """Hold the whole distribution of each token near the policy at the stage's start."""
+    """Hold the whole distribution of each token near that of a reference."""
 
     coefficient: Annotated[float, Field(gt=0, le=1000)] = 0.1
-    """Factor on the mean of KL(start ‖ policy) over the tokens that carry loss."""
+    """Factor on the mean of KL(reference ‖ policy) over the tokens that carry loss."""
+    reference: Name | None = None
+    """Stage whose policy is the reference. Absent: the policy at this stage's start, or baseModel."""
+    base_model: bool = False
+    """Take spec.model as the reference."""
 
-
-class LikelihoodStage(TrainingStage):
-    """Fields of the stages that raise the likelihood of given tokens."""
-
-    rehearsal: Annotated[list[Rehearsal], Field(min_length=1, max_length=8)] | None = None
-    """Other datasets to mix in, against forgetting; an epoch remains a pass over `dataset`."""
-    ewc: Ewc | None = None
-    """Hold weights that matter to another dataset."""
-    kl: Kl | None = None
-    """Hold the answers near the policy at the stage's start; needs lora, whose adapter is switched off for it."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Share ε of each label spread over the vocabulary. Absent: 0."""
-
-    drops_at_random: ClassVar[bool] = True
+    @property
+    def is_start(self) -> bool:
+        """Whether the reference is the policy at the stage's start."""
+        return self.reference is None and not self.base_model
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if self.kl is not None and self.lora is None:
-            raise ValueError(
-                "kl compares with the stage's start by switching the adapter off; set lora, or hold the weights with "
-                "ewc or training.l2sp instead"
-            )
-        if self.kl is not None and self.lora is not None and self.lora.modules_to_save:
-            raise ValueError(
-                "kl compares with the stage's start by switching the adapter off, and lora.modulesToSave are trained "
-                "beside it. Leave one of the two out, or hold the weights with ewc or training.l2sp"
-            )
+    def _names_one(self) -> Self:
+        if self.reference is not None and self.base_model:
+            raise ValueError("reference names a stage and baseModel takes spec.model; leave one of the two out")
+        return self
+
+
+class PolicyStage(TrainingStage):
+    """Fields of the stages that train a policy."""
+
+    ewc: Ewc | None = None
+    """Hold weights that matter to another dataset."""
+
+    @model_validator(mode="after")
+    def _can_hold(self) -> Self:
         if self.ewc is not None and self.lora is not None and self.lora.dora:
             raise ValueError(
                 "ewc holds products of two factors, and lora.dora changes weights by more than one. "
@@ -73,6 +70,34 @@ class LikelihoodStage(TrainingStage):
             raise ValueError(
                 "ewc takes gradients of the weights themselves, and lora.quantization leaves none. "
                 "Leave one of the two out, or hold the weights with training.l2sp"
+            )
+        return self
+
+
+class LikelihoodStage(PolicyStage):
+    """Fields of the stages that raise the likelihood of given tokens."""
+
+    rehearsal: Annotated[list[Rehearsal], Field(min_length=1, max_length=8)] | None = None
+    """Other datasets to mix in, against forgetting; an epoch remains a pass over `dataset`."""
+    kl: Kl | None = None
+    """Hold the answers near the policy at the stage's start, which needs lora, or near another policy."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share ε of each label spread over the vocabulary. Absent: 0."""
+
+    drops_at_random: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.kl is not None and self.kl.is_start and self.lora is None:
+            raise ValueError(
+                "kl compares with the stage's start by switching the adapter off; set lora, name the policy to compare "
+                "with (kl.reference, kl.baseModel), or hold the weights with ewc or training.l2sp instead"
+            )
+        if self.kl is not None and self.kl.is_start and self.lora is not None and self.lora.modules_to_save:
+            raise ValueError(
+                "kl compares with the stage's start by switching the adapter off, and lora.modulesToSave are trained "
+                "beside it. Leave one of the two out, name the policy to compare with (kl.reference, kl.baseModel), "
+                "or hold the weights with ewc or training.l2sp"
             )
         shares = sum(item.share for item in self.rehearsal or ())
         if shares >= 1:
@@ -114,7 +139,7 @@ Beta = Annotated[float, Field(gt=0, le=100)]
 SftWeight = Annotated[float, Field(ge=0, le=100)]
 
 
-class Dpo(TrainingStage):
+class Dpo(PolicyStage):
     """Direct preference optimisation (Rafailov et al. 2023) and its relatives with a reference."""
 
     beta: Beta = 0.1
@@ -176,7 +201,7 @@ class Dpo(TrainingStage):
         return self.length_normalized or self.loss == "ipo"
 
 
-class Orpo(TrainingStage):
+class Orpo(PolicyStage):
     """Odds-ratio preference optimisation (Hong et al. 2024): likelihood plus beta times an odds-ratio loss, no reference."""
 
     beta: Beta = 0.1
@@ -185,7 +210,7 @@ class Orpo(TrainingStage):
     """Tokens of the likelihood: prompt and chosen answer as in the authors' code, or the answer alone."""
 
 
-class Simpo(TrainingStage):
+class Simpo(PolicyStage):
     """Simple preference optimisation (Meng et al. 2024): a margin between mean log-probabilities, no reference."""
 
     beta: Beta = 2.0
@@ -196,7 +221,7 @@ class Simpo(TrainingStage):
     """Weight of the likelihood of chosen answers, the mean of −log p over the tokens of each."""
 
 
-class Cpo(TrainingStage):
+class Cpo(PolicyStage):
     """Contrastive preference optimisation (Xu et al. 2024): the loss of dpo without a reference, plus likelihood."""
 
     beta: Beta = 0.1
@@ -205,7 +230,7 @@ class Cpo(TrainingStage):
     """Weight of the likelihood of chosen answers, the mean of −log p over the tokens of each."""
 
 
-class Rrhf(TrainingStage):
+class Rrhf(PolicyStage):
     """Rank responses (Yuan et al. 2023): mean log-probabilities in the order of the ranks, plus likelihood of the best."""
 
     sft_weight: SftWeight = 1.0
@@ -219,7 +244,7 @@ class KtoTraining(Training):
     """Rows (or pairs) per optimizer step, over all ranks and micro-batches; the reference point is their mean."""
 
 
-class Kto(TrainingStage):
+class Kto(PolicyStage):
     """Kahneman-Tversky optimisation (Ethayarajh et al. 2024) on answers labelled desirable or not, or on pairs."""
 
     least_rows: ClassVar[int] = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from plumbline_api.base import Contract
@@ -37,6 +38,15 @@ class InputRef(Contract):
     """Stage whose output it is."""
     external: int | None = None
     """Index into the record's external inputs."""
+
+
+BESIDE_PARAMETERS = frozenset({"seed", "abortWhen"})
+"""What stands among a stage's effective parameters and is no field of its type."""
+
+
+def own_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a stage's type among its effective parameters."""
+    return {name: value for name, value in parameters.items() if name not in BESIDE_PARAMETERS}
 
 
 class StageRecord(Contract):

@@ -174,8 +174,8 @@ class Training(Contract):
     """Term that keeps the division of AdamW finite."""
     precision: Precision = "auto"
     """Precision of frozen weights and activations. auto: bfloat16 on an accelerator, float32 on a CPU."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: less memory, about a third more time. Absent: where the device's memory would not do."""
     checkpoint_every_steps: PositiveInt = 20
     """Optimizer steps between two checkpoints in storage."""
     evaluate_every_steps: PositiveInt | None = None

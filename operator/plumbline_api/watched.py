@@ -28,6 +28,11 @@ UPDATE_FIGURES: dict[str, str] = {
     "clipFraction": "share of tokens (rloo: answers) where the ratio was clipped, over all updates of a step",
     "ratioAtStart": "mean |new ÷ old probability − 1| before the first update of a step; 0 but for rounding",
     "gradientNorm": "of the policy before clipping, mean over the updates of a step",
+    "loss": "what is minimised, mean over the updates of a step",
+    "klLoss": "KL as a term of the loss, mean over tokens; grpo with kl.coefficient above 0",
+    "klCoefficient": "β, where it is not 0",
+    "learningRate": "of the policy",
+    "tokensPerSecond": "tokens of prompts and answers, over the whole step",
     "timeGenerating": "share of a step's time that went into sampling answers",
     "timeScoring": "share of a step's time that went into rewards, reference and values",
     "timeTraining": "share of a step's time that went into updates",
@@ -36,8 +41,11 @@ UPDATE_FIGURES: dict[str, str] = {
 
 CRITIC_FIGURES: dict[str, str] = {
     "valueExplainedVariance": "1 − Var(returns − values) ÷ Var(returns) over tokens, before the updates",
+    "valueLoss": "½ squared error of the critic, mean over tokens and updates",
+    "valueClipFraction": "share of tokens whose value was clipped, over all updates of a step",
+    "criticGradientNorm": "of the critic before clipping, mean over the updates of a step",
 }
-"""Measured where there is a critic, when a rollout is scored."""
+"""Measured where there is a critic, when a step is done."""
 
 GOLD_FIGURES: dict[str, str] = {
     "goldReward": "weighted sum of the gold rewards on held-out prompts, mean over answers",
@@ -65,7 +73,21 @@ FIGURES: dict[str, str] = {
     **GOLD_FIGURES,
     **SYCOPHANCY_FIGURES,
 }
-"""Every figure but those of single rewards, the ones that people look at first in front."""
+"""Every figure but those of single rewards."""
+HEADLINES = (
+    "reward",
+    "rewardStart",
+    "kl",
+    "length.growth",
+    "evalReward",
+    "goldReward",
+    "sycophancy",
+    "sycophancy.lower",
+    "sycophancy.upper",
+    "entropy",
+    "repetition",
+)
+"""Figures that people look at first, and that gates ask for."""
 RARE_FIGURES = frozenset({**HELD_OUT_FIGURES, **GOLD_FIGURES, **SYCOPHANCY_FIGURES})
 """Figures of evaluations; all others are measured at every step."""
 REWARD_PREFIX = "reward."
@@ -102,5 +124,31 @@ def needs_held_out(figure: str) -> bool:
 
 def by_importance(figures: Mapping[str, float]) -> dict[str, float]:
     """The same figures, those that people look at first in front: not all of them travel."""
-    ranks = {name: number for number, name in enumerate(FIGURES)}
+    ranks = {name: number for number, name in enumerate(dict.fromkeys((*HEADLINES, *FIGURES)))}
     return dict(sorted(figures.items(), key=lambda item: ranks.get(item[0], len(ranks))))
+
+
+BAR = "\\|"
+"""A bar within a table."""
+SECTIONS: tuple[tuple[str, Mapping[str, str]], ...] = (
+    ("When a rollout is scored, of the weights that sampled it", ROLLOUT_FIGURES),
+    ("When the updates on a rollout are done", UPDATE_FIGURES),
+    ("`ppo` besides", CRITIC_FIGURES),
+    ("At evaluations, on held-out prompts", HELD_OUT_FIGURES),
+    ("At evaluations, where a reward has `gold: true`", GOLD_FIGURES),
+    ("At evaluations, where the stage has `sycophancy`", SYCOPHANCY_FIGURES),
+)
+
+
+def figures_page() -> str:
+    """The reference page of the figures."""
+    lines = [
+        "# Figures of stages that sample",
+        "",
+        "What `ppo`, `grpo`, `rloo` and `reinforce` measure, and `abortWhen` may name. `reward.NAME` is the mean of one",
+        "reward over answers, before weight and clip. Made from `operator/plumbline_api/watched.py`.",
+    ]
+    for title, figures in SECTIONS:
+        rows = [f"| `{name}` | {meaning.replace('|', BAR)} |" for name, meaning in figures.items()]
+        lines += ["", f"## {title}", "", "| Figure | Meaning |", "| --- | --- |", *rows]
+    return "\n".join(lines) + "\n"

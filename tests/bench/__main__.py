@@ -19,8 +19,21 @@ PARTS = {
         "tests/bench/handover.py",
         "real API server, Jobs ended by a fake kubelet, operator as a process",
     ),
-    "transfer": ("Checkpoints against a raw copy", "tests/bench/transfer.py", "a real S3 server on this machine"),
-    "quickstart": ("Quickstart", "tests/bench/quickstart.py", "`make quickstart` from empty storage, then again"),
+    "transfer": (
+        "Checkpoints against a raw copy",
+        "tests/bench/transfer.py",
+        "a real S3 server on this machine, both clients warm, who goes first alternates; medians of the rounds",
+    ),
+    "generation": (
+        "Rollouts against transformers' generate",
+        "tests/bench/generation.py",
+        "SmolLM2-135M with a LoRA adapter of rank 16, the quickstart's questions, temperature 1, float32",
+    ),
+    "quickstart": (
+        "Quickstart",
+        "tests/bench/quickstart.py",
+        "examples/01-quickstart from empty storage and cache, then again; proportional memory, sampled every 2 s",
+    ),
 }
 LIBRARIES = ("torch", "transformers", "kopf", "boto3")
 
@@ -32,9 +45,11 @@ def main(names: list[str]) -> int:
         sys.stderr.write(f"no benchmark {', '.join(unknown)}; known: {', '.join(PARTS)}\n")
         return 2
     for name in names or list(PARTS):
-        rows = importlib.import_module(f"bench.{name}").measure()
+        module = importlib.import_module(f"bench.{name}")
+        rows = module.measure()
+        notes = module.notes() if hasattr(module, "notes") else []
         title, source, how = PARTS[name]
-        text = section(title, f"`make bench` ({source}): {how}.", rows, LIBRARIES)
+        text = section(title, f"`make bench` ({source}): {how}.", rows, LIBRARIES, *notes)
         sys.stdout.write(text + "\n")
         replace(name, text)
     return 0

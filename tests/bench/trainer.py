@@ -26,10 +26,12 @@ for name in ("tests", "trainer_image", "operator"):
     sys.path.insert(0, str(ROOT / name))
 
 from bench import page  # noqa: E402  (the folders above are on the path only now)
-from bench.trainer_rows import METHODS, PROFILES  # noqa: E402
-from bench.trainer_side import Measured, Task  # noqa: E402
+from bench.measured import Measured, Task  # noqa: E402
+from bench.trainer_rows import METHODS, ONLINE_METHODS, PROFILES  # noqa: E402
+from bench.trainer_side import in_order  # noqa: E402
 from plumbline_api.training import Training  # noqa: E402
 
+PPO_PEER = ROOT / ".venv-ppo" / "bin" / "python"
 SIDES = ("ours", "trl", "trl-default")
 TRL_DEFAULT_BATCH = 8
 MIB = 2**20
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         cases = [(method, profile) for method in options.methods for profile in options.profiles]
         rows += [_compare(method, profile, str(model), options) for method, profile in cases]
     how = (
-        f"`make bench-trainer` (tests/bench/trainer.py): our engine and trl 1.16.0 in processes of their own, {options.runs} "
+        f"`make bench-trainer` (tests/bench/trainer.py): our engine and trl 1.16.0 (ppo: 1.12.0) in processes of their own, {options.runs} "
         f"runs each in turn. {options.rows} rows, {options.batch} per optimizer step, LoRA of rank 16 on all linear "
         f"layers, {options.precision}, {options.threads} threads; ours with tokensPerBatch {options.tokens_per_batch}. "
         f"The reference pass counts whole, the first {options.left_out} steps do not."
@@ -59,7 +61,10 @@ def main(arguments: Sequence[str]) -> int:
         "reference and the device batch in brackets; *default* as trl comes, at the same precision and optimizer step. "
         "The FLOP bound is the ratio of floating-point operations that the two ways ask for (padding, repeated prompts, "
         "head at every position): what the speed-up against best would be at equal use of the machine. Memory is the "
-        "resident peak, and in brackets what of it lies above imports and weights.",
+        "resident peak, and in brackets what of it lies above imports and weights. `ppo` and `grpo` sample: rows are "
+        f"prompts, with {options.answers} answers each for grpo and one for ppo, all of {options.new_tokens} tokens; a "
+        "step is an iteration of sampling, scoring by a rule and updating (ppo four times, with an adapter and a head as "
+        "its critic on both sides).",
         f"Load average of the machine at the end: {load:.1f} on {os.cpu_count()} cores of {_processor()}.",
     )
     sys.stdout.write(text + "\n")
@@ -70,11 +75,15 @@ def main(arguments: Sequence[str]) -> int:
 
 def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.trainer", description=__doc__)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument(
+        "--methods", nargs="+", default=[*METHODS, *ONLINE_METHODS], choices=[*METHODS, *ONLINE_METHODS]
+    )
     parser.add_argument("--profiles", nargs="+", default=list(PROFILES), choices=list(PROFILES))
     parser.add_argument("--rows", type=int, default=64, help="rows of each run")
     parser.add_argument("--runs", type=int, default=3, help="runs of each side")
     parser.add_argument("--batch", type=int, default=16, help="rows of an optimizer step")
+    parser.add_argument("--answers", type=int, default=8, help="answers per prompt (grpo; ppo samples one)")
+    parser.add_argument("--new-tokens", type=int, default=53, help="tokens of every sampled answer (ppo, grpo)")
     parser.add_argument("--left-out", type=int, default=1, help="first steps that are not counted")
     parser.add_argument("--tokens-per-batch", type=int, default=Training().tokens_per_batch)
     parser.add_argument("--sweep", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="device batches tried with trl")
@@ -110,12 +119,14 @@ def _compare(method: str, profile: str, model: str, options: argparse.Namespace)
         precision=options.precision,
         threads=options.threads,
         left_out=options.left_out,
+        answers=options.answers if method == "grpo" else 1,
+        new_tokens=options.new_tokens if method in ONLINE_METHODS else 0,
     )
     best = _best_batch(task, options) if "trl" in options.sides else task.batch
     found: dict[str, list[Measured]] = {side: [] for side in options.sides}
     for _ in range(options.runs):
         for side in options.sides:
-            found[side].append(_run(replace(task, side=side, batch=best if side == "trl" else task.batch)))
+            found[side].append(run_side(replace(task, side=side, batch=best if side == "trl" else task.batch)))
     return _row(method, profile, best, found)
 
 
@@ -124,11 +135,12 @@ def _best_batch(task: Task, options: argparse.Namespace) -> int:
     speeds: dict[int, float] = {}
     for batch in sorted(size for size in options.sweep if task.answers_per_step % size == 0):
         trial = replace(task, side="trl", batch=batch, rows=min(task.rows, 2 * task.global_batch))
-        speeds[batch] = _run(trial).rows_per_second
+        speeds[batch] = run_side(trial).rows_per_second
     return max(speeds, key=lambda size: speeds[size])
 
 
-def _run(task: Task) -> Measured:
+def run_side(task: Task) -> Measured:
+    """Measure a side in a process of its own."""
     paths = os.pathsep.join(str(ROOT / name) for name in ("operator", "trainer_image", "tests"))
     environment = {
         **os.environ,
@@ -137,13 +149,9 @@ def _run(task: Task) -> Measured:
         "HF_HUB_OFFLINE": "1",
         "TQDM_DISABLE": "1",
     }
-    ended = subprocess.run(
-        [sys.executable, "-m", "bench.trainer_side", json.dumps(asdict(task))],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as place:
+        command = _command(task, Path(place))
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode != 0:
         raise SystemExit(f"{task} failed:\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}")
     measured = Measured(**json.loads(ended.stdout.strip().splitlines()[-1]))
@@ -152,6 +160,20 @@ def _run(task: Task) -> Measured:
         f"peak {measured.peak_bytes / MIB:.0f} MiB, losses {[round(loss, 4) for loss in measured.losses]}\n"
     )
     return measured
+
+
+def _command(task: Task, place: Path) -> list[str]:
+    """The process that measures a side; `place` is a folder for what it reads."""
+    text = json.dumps(asdict(task))
+    if task.method != "ppo" or task.side == "ours":
+        module = "bench.online_side" if task.method in ONLINE_METHODS else "bench.trainer_side"
+        return [sys.executable, "-m", module, text]
+    if not PPO_PEER.exists():
+        raise SystemExit(f"{PPO_PEER} is missing: ppo is measured against trl 1.12 there. Run: make .venv-ppo/.made")
+    vocabulary = json.loads((Path(task.model) / "config.json").read_text())["vocab_size"]
+    prompts = place / "prompts.json"
+    prompts.write_text(json.dumps([row.prompt for row in in_order(task, vocabulary)[0]]))
+    return [str(PPO_PEER), "-W", "ignore", str(ROOT / "tests" / "bench" / "ppo_side.py"), text, str(prompts)]
 
 
 def _row(method: str, profile: str, batch: int, found: dict[str, list[Measured]]) -> dict[str, str]:
@@ -163,7 +185,7 @@ def _row(method: str, profile: str, batch: int, found: dict[str, list[Measured]]
         pairs = zip(ours, found.get(side, []), strict=False)
         ratios = [one.rows_per_second / other.rows_per_second for one, other in pairs]
         row[label] = f"{statistics.median(ratios):.2f}" if ratios else ""
-    if ours and found.get("trl"):
+    if ours and found.get("trl") and ours[0].operations:
         row["FLOP bound"] = f"{found['trl'][0].operations / ours[0].operations:.2f}"
     row["ours (tokens/s)"] = f"{statistics.median(m.tokens_per_second for m in ours):.0f}" if ours else ""
     for side, label in (("ours", "ours"), ("trl", "trl best"), ("trl-default", "trl default")):

@@ -9,16 +9,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from plumbline_api.training import Training
 from plumbline_trainer.data.encode import Encoded, EncodedResponse
 from plumbline_trainer.engine.packing import packed_length
 from plumbline_trainer.engine.references import by_prompt
+from plumbline_trainer.engine.schedule import cut_step
 from plumbline_trainer.engine.unpaired import mismatched_rows
 
 PROFILES: dict[str, list[list[int]]] = json.loads((Path(__file__).parent / "profiles.json").read_text())
 """Name → tokens of prompt, chosen and rejected answer of each row. Drawn once from log-normal distributions, then
 committed; changing them needs an ADR."""
-METHODS = ("sft", "dpo", "kto", "kto-pairs")
+METHODS = ("sft", "dpo", "kto", "kto-pairs", "rewardModel")
 """`kto` on unpaired rows, `kto-pairs` on preference rows: both are the stage `kto`."""
+NO_REFERENCE = frozenset({"sft", "rewardModel"})
+"""Methods without a pass of a reference."""
+ONLINE_METHODS = ("ppo", "grpo")
+"""They take the prompts of a profile and sample the answers."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,11 @@ def make_rows(method: str, profile: str, count: int, vocabulary: int) -> list[En
             "dpo": [good, bad],
             "kto": [[liked, disliked][number % 2]],
             "kto-pairs": [liked, disliked],
+            "rewardModel": [
+                replace(item, reads=(len(item.ids) - 1,), rank=rank) for rank, item in enumerate((good, bad))
+            ],
+            "ppo": [],
+            "grpo": [],
         }[method]
         rows.append(Encoded(f"{profile}/{number}", f"{number}", first, responses))
     return rows
@@ -67,35 +78,42 @@ def make_rows(method: str, profile: str, count: int, vocabulary: int) -> list[En
 def shape_of(model: Any, adapter: int) -> Shape:
     """The shape of a causal language model."""
     config = model.config.get_text_config()
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # a reward model has none
     linear = sum(module.weight.numel() for module in model.model.layers.modules() if hasattr(module, "in_features"))
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Shape(config.num_hidden_layers, linear, head.weight.numel(), config.num_attention_heads * size, adapter)
+    scores = 0 if head is None else head.weight.numel()
+    return Shape(config.num_hidden_layers, linear, scores, config.num_attention_heads * size, adapter)
 
 
-def our_operations(shape: Shape, steps: Sequence[Sequence[Encoded]], method: str, max_length: int) -> float:
+def our_operations(shape: Shape, steps: Sequence[Sequence[Encoded]], method: str, training: Training) -> float:
     """Floating-point operations without padding, each prompt once, the head at scored tokens only."""
     rows = [row for step in steps for row in step]
+    if method == "rewardModel":
+        return _packed(replace(shape, head=0), rows, trained=True)
     if method == "sft":
         return _packed(shape, rows, trained=True)
-    further = [row for step in steps for row in mismatched_rows(step, max_length)] if method.startswith("kto") else []
-    reference = by_prompt([*rows, *further], [], 2**30)
-    return _packed(shape, rows, trained=True) + sum(
-        _packed(shape, part, trained=False) for part in (reference, further)
-    )
+    total, further = _packed(shape, rows, trained=True), []
+    for step in steps if method.startswith("kto") else ():
+        others = mismatched_rows(step, training.max_length)
+        first = cut_step([packed_length(row) for row in step], budget=training.tokens_per_batch, ranks=1)[0][0]
+        # Rows of the first micro-batch lend their prompts.
+        total += _packed(shape, [others[index] for index in first], trained=False, lent=True)
+        total += _packed(shape, [row for index, row in enumerate(others) if index not in first], trained=False)
+        further += others
+    return total + _packed(shape, by_prompt([*rows, *further], [], 2**30), trained=False)
 
 
 def their_operations(shape: Shape, rows: Sequence[Encoded], method: str, batch: int) -> float:
     """The same for every answer with a prompt of its own, padded to the longest of its device batch."""
-    # trl's DPO counts pairs in a device batch, its KTO answers.
-    size = 2 * batch if method == "dpo" else batch
+    # In a device batch trl's DPO and reward model count pairs, its KTO answers.
+    size = 2 * batch if method in ("dpo", "rewardModel") else batch
     answers = [(len(row.prompt), len(response.ids)) for row in rows for response in row.responses]
     total = 0.0
     for start in range(0, len(answers), size):
         part = answers[start : start + size]
         own = [prompt + answer for prompt, answer in part]
         total += _padded(shape, own, trained=True)
-        if method != "sft":
+        if method not in NO_REFERENCE:
             total += _padded(shape, own, trained=False)
         if method.startswith("kto"):
             others = [prompt + part[index - 1][1] for index, (prompt, _) in enumerate(part)]
@@ -103,11 +121,13 @@ def their_operations(shape: Shape, rows: Sequence[Encoded], method: str, batch: 
     return total
 
 
-def _packed(shape: Shape, rows: Sequence[Encoded], *, trained: bool) -> float:
-    tokens = sum(packed_length(row) for row in rows)
+def _packed(shape: Shape, rows: Sequence[Encoded], *, trained: bool, lent: bool = False) -> float:
+    """Of one pass; `lent`: of the prompts only the last token is computed."""
+    tokens = sum(packed_length(row) - (len(row.prompt) - 1 if lent else 0) for row in rows)
     scored = sum(sum(response.mask) for row in rows for response in row.responses)
     pairs = sum(
-        len(row.prompt) ** 2 / 2 + sum(len(r.ids) * (len(row.prompt) + len(r.ids) / 2) for r in row.responses)
+        (len(row.prompt) if lent else len(row.prompt) ** 2 / 2)
+        + sum(len(r.ids) * (len(row.prompt) + len(r.ids) / 2) for r in row.responses)
         for row in rows
     )
     # Our head keeps its derivative in the forward pass: two products in all.

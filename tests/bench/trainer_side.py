@@ -7,18 +7,18 @@ before it to its own end, without the first ones.
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench.trainer_rows import make_rows, our_operations, shape_of, their_operations
+from bench.measured import Clock, Measured, Task
+from bench.trainer_rows import NO_REFERENCE, make_rows, our_operations, shape_of, their_operations
 from plumbline_api.methods import Dpo, Kto
 from plumbline_api.training import Lora, Training
 from plumbline_trainer.data.encode import Encoded
@@ -29,82 +29,6 @@ from plumbline_trainer.models.selection import module_names
 CPU = torch.device("cpu")
 LORA = Lora(rank=16, alpha=32)
 SEED = 1
-
-
-@dataclass(frozen=True)
-class Task:
-    """What to measure."""
-
-    side: str
-    """`ours`, `trl` (its best settings) or `trl-default`."""
-    method: str
-    profile: str
-    model: str
-    """Folder in Hugging Face layout."""
-    rows: int
-    global_batch: int
-    tokens_per_batch: int
-    batch: int
-    """Rows of trl's device batch."""
-    precision: str
-    threads: int
-    left_out: int
-    """First steps that are not counted."""
-
-    @property
-    def stage(self) -> str:
-        """Stage type."""
-        return self.method.partition("-")[0]
-
-    @property
-    def answers_per_step(self) -> int:
-        """What trl counts in an optimizer step: pairs for DPO, answers for KTO."""
-        return self.global_batch * (2 if self.method == "kto-pairs" else 1)
-
-
-@dataclass
-class Measured:
-    """What one run took."""
-
-    rows_per_second: float
-    tokens_per_second: float
-    """Tokens of the rows, each prompt once: the same count on both sides."""
-    reference_seconds: float
-    step_seconds: list[float]
-    peak_bytes: int
-    base_bytes: int
-    """Resident after imports and weights."""
-    operations: float
-    """Of the whole run, reference pass included."""
-    losses: list[float]
-
-
-class Clock:
-    """Ends of steps, and memory from the moment the model is loaded."""
-
-    def __init__(self) -> None:
-        gc.collect()
-        self.base = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        self.reference = 0.0
-        self.marks: list[float] = []
-
-    def mark(self) -> None:
-        self.marks.append(time.perf_counter())
-
-    def result(self, task: Task, rows: list[Encoded], operations: float, losses: list[float]) -> Measured:
-        steps = [end - start for start, end in zip(self.marks, self.marks[1:], strict=False)]
-        counted = rows[task.left_out * task.global_batch :]
-        seconds = self.reference / len(rows) + sum(steps[task.left_out :]) / len(counted)
-        tokens = sum(row_tokens(row) for row in rows) / len(rows)
-        return Measured(
-            1 / seconds, tokens / seconds, self.reference, steps, _status("VmHWM"), self.base, operations, losses
-        )
-
-
-def _status(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
 
 
 def training_of(task: Task) -> Training:
@@ -126,17 +50,24 @@ def in_order(task: Task, vocabulary: int) -> tuple[list[Encoded], Any]:
     return [rows[index] for step in range(plan.steps) for index in plan.rows(step)], plan
 
 
+def result(clock: Clock, task: Task, rows: list[Encoded], operations: float, losses: list[float]) -> Measured:
+    """What the run took, with tokens counted once per prompt."""
+    return clock.result(task, sum(row_tokens(row) for row in rows), operations, losses)
+
+
 def measure_ours(task: Task) -> Measured:
     """The stage's own lines, with ready rows in place of a dataset."""
     from plumbline_trainer.engine.distributed import Ranks
     from plumbline_trainer.engine.loop import TrainingRun
     from plumbline_trainer.engine.objective import TokenLikelihood
     from plumbline_trainer.engine.preference import dpo_objective
+    from plumbline_trainer.engine.ranking import RewardRanking
     from plumbline_trainer.engine.reference_pass import find_references
     from plumbline_trainer.engine.scorer import Scorer, prepare_modes
     from plumbline_trainer.engine.scoring import score_rows
     from plumbline_trainer.engine.trained import make_trainable
     from plumbline_trainer.engine.unpaired import DesirableAnswers, mismatched_rows
+    from plumbline_trainer.engine.values import ValueScorer, fresh_heads
     from plumbline_trainer.models.policy import load_policy
     from support.trainer import base_model, stage_context, stage_run
 
@@ -150,11 +81,14 @@ def measure_ours(task: Task) -> Measured:
         policy = load_policy(context, context.input("model"), precision=task.precision, device="cpu")
         ordered, plan = in_order(task, policy.model.config.get_text_config().vocab_size)
         clock = Clock()
-        scorer = Scorer(make_trainable(policy, LORA, SEED, freeze=None), precision=task.precision)
+        trainable = make_trainable(policy, LORA, SEED, freeze=None)
+        scorer = Scorer(trainable, precision=task.precision)
+        if task.method == "rewardModel":
+            scorer = ValueScorer(trainable, fresh_heads(trainable, 1, SEED), precision=task.precision)
         by_id = {row.row_id: row for row in ordered}
         run = TrainingRun(context, Ranks(), scorer, plan, [by_id[name] for name in plan.row_ids], training)
         started = time.perf_counter()
-        objective: Any = TokenLikelihood()
+        objective: Any = RewardRanking() if task.method == "rewardModel" else TokenLikelihood()
         steps = [ordered[at : at + task.global_batch] for at in range(0, len(ordered), task.global_batch)]
         if task.method == "dpo":
             objective = dpo_objective(Dpo(dataset="rows", beta=0.1), find_references(run, policy, []))
@@ -165,7 +99,7 @@ def measure_ours(task: Task) -> Measured:
             )
             settings = Kto.model_validate({"dataset": "rows", "training": training.to_wire()})
             objective = DesirableAnswers(find_references(run, policy, [], further), score, settings)
-        clock.reference = time.perf_counter() - started if task.method != "sft" else 0.0
+        clock.reference = 0.0 if task.method in NO_REFERENCE else time.perf_counter() - started
         prepare_modes(scorer, adapter_dropout=False, gradient_checkpointing=False)
         real = run._take_step
 
@@ -179,8 +113,8 @@ def measure_ours(task: Task) -> Measured:
         if run.state.path != "fast":
             raise RuntimeError("the fast path was not taken; nothing to publish")
         adapter = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
-        operations = our_operations(shape_of(policy.model, adapter), steps, task.method, training.max_length)
-        return clock.result(task, ordered, operations, losses)
+        operations = our_operations(shape_of(policy.model, adapter), steps, task.method, training)
+        return result(clock, task, ordered, operations, losses)
 
 
 def measure_trl(task: Task) -> Measured:
@@ -193,10 +127,14 @@ def measure_trl(task: Task) -> Measured:
 
     assert trl.__version__ == "1.16.0", f"the peer is pinned to trl 1.16.0, this is {trl.__version__}"
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[task.precision]
-    model = transformers.AutoModelForCausalLM.from_pretrained(task.model, dtype=dtype)
+    scalar = task.method == "rewardModel"
+    if scalar:  # its head starts at random, as ours does
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(task.model, dtype=dtype, num_labels=1)
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(task.model, dtype=dtype)
     tokenizer = transformers.AutoTokenizer.from_pretrained(task.model)
     ordered, _ = in_order(task, model.config.get_text_config().vocab_size)
-    targets = sorted(module_names(model).linear)
+    targets = sorted(name for name in module_names(model).linear if name != "score")
     shape_model = model
     clock = Clock()
 
@@ -225,18 +163,24 @@ def measure_trl(task: Task) -> Measured:
     if best:
         arguments["gradient_checkpointing"] = False
     adapter = peft.LoraConfig(
-        r=LORA.rank, lora_alpha=32, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
+        r=LORA.rank,
+        lora_alpha=32,
+        lora_dropout=0.0,
+        target_modules=targets,
+        modules_to_save=["score"] if scalar else None,
+        task_type="SEQ_CLS" if scalar else "CAUSAL_LM",
     )
     with tempfile.TemporaryDirectory() as place:
         kinds = {
             "sft": (trl.SFTTrainer, trl.SFTConfig),
             "dpo": (trl.DPOTrainer, trl.DPOConfig),
             "kto": (trl.KTOTrainer, trl.KTOConfig),
+            "rewardModel": (trl.RewardTrainer, trl.RewardConfig),
         }
         parent, config = kinds[task.stage]
         if task.method == "sft":
             arguments["dataset_kwargs"] = {"skip_prepare_dataset": True}
-        elif best:
+        elif best and not scalar:
             arguments["precompute_ref_log_probs"] = True
 
         class Ready(parent):  # type: ignore[misc, valid-type]
@@ -267,7 +211,7 @@ def measure_trl(task: Task) -> Measured:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         operations = their_operations(shape_of(shape_model, count), ordered, task.method, task.batch)
-        return clock.result(task, ordered, operations, losses)
+        return result(clock, task, ordered, operations, losses)
 
 
 def _peer_rows(task: Task, rows: list[Encoded]) -> list[dict[str, Any]]:
@@ -277,6 +221,9 @@ def _peer_rows(task: Task, rows: list[Encoded]) -> list[dict[str, Any]]:
             {"input_ids": [*row.prompt, *own.ids], "labels": [-100] * len(row.prompt) + list(own.ids)}
             for row, own in answers
         ]
+    if task.method == "rewardModel":
+        pairs = [(row.prompt, *(response.ids for response in row.responses)) for row in rows]
+        return [{"chosen_ids": [*first, *good], "rejected_ids": [*first, *bad]} for first, good, bad in pairs]
     if task.method == "dpo":
         return [
             {

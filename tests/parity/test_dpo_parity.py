@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from plumbline_api.methods import Dpo
-from plumbline_api.training import Schedule, Training
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.packing import pack
 from plumbline_trainer.engine.preference import dpo_objective
@@ -22,20 +21,6 @@ from support.tiny import STYLES, Style
 
 BETA = 0.3
 PARAMETERS = Dpo(dataset="data", beta=BETA)
-CURVE_TOLERANCE = 1e-4
-"""Relative, at every one of thirty steps in float32. The padded and the packed forward round differently."""
-
-
-def training(**changes: Any) -> Training:
-    fields: dict[str, Any] = {
-        "learning_rate": 3e-3,
-        "global_batch": 4,
-        "tokens_per_batch": 256,
-        "schedule": Schedule(type="cosine", warmup_ratio=0.1),
-        "weight_decay": 0.0,
-        "gradient_clip": 1.0,
-    }
-    return Training(**{**fields, **changes})
 
 
 def references_of(model: Any, rows: list[Encoded]) -> References:
@@ -51,7 +36,7 @@ def test_loss_and_gradient(tmp_path: Path, style: Style) -> None:
     rows = [peer.make_pair(rng, rng.randint(2, 30), rng.randint(1, 30), rng.randint(1, 30)) for _ in range(4)]
     start, ours = (peer.our_model(style, lora=True, touched=touched) for touched in (False, True))
     trainer = peer.dpo_trainer(
-        peer.their_model(start, style, lora=True), rows, peer.shared_arguments(tmp_path, training()), beta=BETA
+        peer.their_model(start, style, lora=True), rows, peer.shared_arguments(tmp_path, peer.training()), beta=BETA
     )
     peer.move_adapter(trainer.model, ours)  # trl takes the adapter it is given as the reference
     batch = peer.first_batch(trainer)
@@ -77,10 +62,7 @@ def test_loss_and_gradient(tmp_path: Path, style: Style) -> None:
     }.items():
         assert float(sums[name]) / len(rows) == pytest.approx(logged[peers][-1], rel=1e-4, abs=1e-5), name
     found, wanted = peer.gradients_by_name(ours), peer.gradients_by_name(trainer.model)
-    assert found.keys() == wanted.keys()
-    gap = sum(float((found[name] - wanted[name]).double().square().sum()) for name in found) ** 0.5
-    norm = sum(float(wanted[name].double().square().sum()) for name in found) ** 0.5
-    assert gap <= 1e-5 * norm
+    assert peer.gradient_gap(found, wanted) <= 1e-5
 
 
 @pytest.mark.parametrize(("style", "lora"), [("llama", True), ("qwen2", True), ("llama", False)])
@@ -90,9 +72,8 @@ def test_thirty_steps(tmp_path: Path, style: Style, lora: bool) -> None:
         peer.make_pair(rng, rng.randint(2, 30), rng.randint(1, 30), rng.randint(1, 30), name=f"pair-{number}")
         for number in range(120)
     ]
-    settings = training(learning_rate=5e-3 if lora else 3e-4)
-    plan = peer.plan_of(rows, settings)
-    in_order = [rows[index] for step in range(30) for index in plan.rows(step)]
+    settings = peer.training(learning_rate=5e-3 if lora else 3e-4)
+    in_order = peer.in_plan_order(rows, settings)
     ours = peer.our_model(style, lora=lora)
     trainer = peer.dpo_trainer(
         peer.their_model(ours, style, lora=lora), in_order, peer.shared_arguments(tmp_path, settings), beta=BETA
@@ -101,4 +82,4 @@ def test_thirty_steps(tmp_path: Path, style: Style, lora: bool) -> None:
     found = peer.LossCurve(tmp_path, ours, rows, settings).train(dpo_objective(PARAMETERS, references_of(ours, rows)))
     assert len(theirs) == len(found) == 30
     assert min(found) < 0.65, "the model must move, or the curve says nothing"
-    assert found == pytest.approx(theirs, rel=CURVE_TOLERANCE)
+    assert found == pytest.approx(theirs, rel=peer.CURVE_TOLERANCE)

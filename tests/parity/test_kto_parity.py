@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from plumbline_api.methods import Kto
-from plumbline_api.training import Schedule, Training
+from plumbline_api.training import Training
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.packing import pack
 from plumbline_trainer.engine.references import References
@@ -27,20 +27,12 @@ from support import peer
 from support.tiny import STYLES, Style
 
 WEIGHTS = {"beta": 0.3, "desirable_weight": 1.0, "undesirable_weight": 1.3}
-CURVE_TOLERANCE = 1e-4
-"""Relative, at every one of thirty steps in float32. The padded and the packed forward round differently."""
 CPU = torch.device("cpu")
 
 
 def parameters(**changes: Any) -> Kto:
-    fields: dict[str, Any] = {
-        "learning_rate": 3e-3,
-        "global_batch": 4,
-        "tokens_per_batch": 256,
-        "max_length": 512,
-        "schedule": Schedule(type="cosine", warmup_ratio=0.1),
-    }
-    return Kto.model_validate({"dataset": "d", "training": {**fields, **changes}, **WEIGHTS})
+    fields = {**peer.TRAINING, "max_length": 512, **changes}
+    return Kto.model_validate({"dataset": "d", "training": fields, **WEIGHTS})
 
 
 def thumbs(rng: random.Random, count: int) -> list[Encoded]:
@@ -63,12 +55,6 @@ def objective_of(model: Any, steps: list[list[Encoded]], settings: Kto) -> Desir
 def plan_of(rows: list[Encoded], training: Training) -> StepPlan:
     ids = [row.row_id for row in rows]
     return plan_steps(ids, seed=1, global_batch=training.global_batch, epochs=1, max_steps=None, least=2)
-
-
-def gap_of(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
-    assert found.keys() == wanted.keys()
-    gap = sum(float((found[name] - wanted[name]).double().square().sum()) for name in found) ** 0.5
-    return gap / sum(float(wanted[name].double().square().sum()) for name in found) ** 0.5
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -103,7 +89,7 @@ def test_loss_gradient_and_reference_point(tmp_path: Path, style: Style, count: 
     assert objective.point.item() == pytest.approx(logged["kl"][-1], rel=1e-4, abs=1e-5)
     for name, peers in {"rewardDesirable": "rewards/chosen", "rewardUndesirable": "rewards/rejected"}.items():
         assert float(sums[name].detach()) / len(rows) == pytest.approx(logged[peers][-1], rel=1e-4, abs=1e-5), name
-    assert gap_of(peer.gradients_by_name(ours), peer.gradients_by_name(trainer.model)) <= 1e-5
+    assert peer.gradient_gap(peer.gradients_by_name(ours), peer.gradients_by_name(trainer.model)) <= 1e-5
 
 
 @pytest.mark.parametrize(("style", "lora"), [("llama", True), ("qwen2", True), ("llama", False)])
@@ -124,8 +110,8 @@ def test_thirty_steps(tmp_path: Path, style: Style, lora: bool) -> None:
     points: list[float] = []
     real = objective.look_ahead
 
-    def looked(rows: Any) -> None:
-        real(rows)
+    def looked(rows: Any, first: Any = None) -> None:
+        real(rows, first)
         points.append(objective.point.item())
 
     objective.look_ahead = looked  # type: ignore[method-assign]
@@ -133,7 +119,7 @@ def test_thirty_steps(tmp_path: Path, style: Style, lora: bool) -> None:
     assert len(theirs) == len(found) == 30
     assert max(abs(loss - found[0]) for loss in found) > 0.05, "the model must move, or the curve says nothing"
     assert max(points) > 0, "and so must the reference point"
-    assert found == pytest.approx(theirs, rel=CURVE_TOLERANCE)
+    assert found == pytest.approx(theirs, rel=peer.CURVE_TOLERANCE)
 
 
 def test_trl_takes_the_point_of_each_device_batch_and_we_that_of_the_whole_step(tmp_path: Path) -> None:

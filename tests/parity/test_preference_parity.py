@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from plumbline_api.methods import Cpo, Orpo, Simpo
-from plumbline_api.training import Schedule, Training, TrainingStage
+from plumbline_api.training import TrainingStage
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.packing import pack
 from plumbline_trainer.engine.scorer import Scorer
@@ -23,21 +23,7 @@ from plumbline_trainer.models.adapters import adapters_disabled
 from support import peer, peer_pairs
 from support.preferences import BETA, PARAMETERS, dpo, loss_by_formula, objective_of, references_of, scores_context
 
-CURVE_TOLERANCE = 1e-4
-"""Relative, at every one of thirty steps in float32. The padded and the packed forward round differently."""
 GAP = 1e-5
-
-
-def training(**changes: Any) -> Training:
-    fields: dict[str, Any] = {
-        "learning_rate": 3e-3,
-        "global_batch": 4,
-        "tokens_per_batch": 256,
-        "schedule": Schedule(type="cosine", warmup_ratio=0.1),
-        "weight_decay": 0.0,
-        "gradient_clip": 1.0,
-    }
-    return Training(**{**fields, **changes})
 
 
 def make_rows(count: int, *, seed: int = 3, chosen: int | None = None, whole: int | None = None) -> list[Encoded]:
@@ -81,7 +67,7 @@ def trl_dpo(folder: Path, ours: Any, rows: list[Encoded], **fields: Any) -> Any:
     trainer = peer.dpo_trainer(
         peer.their_model(start, "llama", lora=True),
         rows,
-        peer.shared_arguments(folder, training()),
+        peer.shared_arguments(folder, peer.training()),
         beta=BETA,
         **fields,
     )
@@ -92,7 +78,7 @@ def trl_dpo(folder: Path, ours: Any, rows: list[Encoded], **fields: Any) -> Any:
 def trl_without_reference(
     folder: Path, parameters: TrainingStage, ours: Any, rows: list[Encoded], **fields: Any
 ) -> Any:
-    theirs, arguments = peer.their_model(ours, "llama", lora=True), peer.shared_arguments(folder, training())
+    theirs, arguments = peer.their_model(ours, "llama", lora=True), peer.shared_arguments(folder, peer.training())
     if isinstance(parameters, Orpo):
         return peer_pairs.orpo_trainer(theirs, rows, arguments, beta=parameters.beta)
     if isinstance(parameters, Simpo):
@@ -115,11 +101,7 @@ def assert_same(parameters: TrainingStage, ours: Any, trainer: Any, rows: list[E
     loss.backward()
     assert loss.item() == pytest.approx(theirs.item(), rel=GAP)
     found, wanted = peer.gradients_by_name(ours), peer.gradients_by_name(trainer.model)
-    assert found.keys() == wanted.keys()
-    gap = sum(float((found[name] - wanted[name]).double().square().sum()) for name in found) ** 0.5
-    norm = sum(float(wanted[name].double().square().sum()) for name in found) ** 0.5
-    assert norm > 0
-    assert gap <= GAP * norm
+    assert peer.gradient_gap(found, wanted) <= GAP
 
 
 AS_TRL: dict[str, dict[str, Any]] = {
@@ -226,7 +208,7 @@ def test_trl_orpo_has_no_likelihood_of_answers_alone(tmp_path: Path) -> None:
 def test_trl_simpo_adds_a_likelihood_unless_told_otherwise(tmp_path: Path) -> None:
     """Trap 22: its default α of 1 is CPO's; ours is 0, as in the paper."""
     rows, ours = make_rows(4, chosen=12), peer.our_model("llama", lora=True, touched=True)
-    theirs, arguments = peer.their_model(ours, "llama", lora=True), peer.shared_arguments(tmp_path, training())
+    theirs, arguments = peer.their_model(ours, "llama", lora=True), peer.shared_arguments(tmp_path, peer.training())
     default = peer_pairs.cpo_trainer(theirs, rows, arguments, loss_type="simpo", beta=2.0, simpo_gamma=1.0)
     found = their_loss(default).item()
     assert found == pytest.approx(our_loss(Simpo(dataset="data", sft_weight=1.0), ours, rows).item(), rel=GAP)
@@ -241,9 +223,8 @@ def test_thirty_steps(tmp_path: Path, name: str, lengths: dict[str, int], rate: 
     parameters, rows = PARAMETERS[name], make_rows(120, seed=4, **lengths)
     if name == "orpo":
         rows = [few_words(row) for row in rows]
-    settings = training(learning_rate=rate)
-    plan = peer.plan_of(rows, settings)
-    in_order = [rows[index] for step in range(30) for index in plan.rows(step)]
+    settings = peer.training(learning_rate=rate)
+    in_order = peer.in_plan_order(rows, settings)
     ours = peer.our_model("llama", lora=True)
     theirs, arguments = peer.their_model(ours, "llama", lora=True), peer.shared_arguments(tmp_path, settings)
     if isinstance(parameters, Orpo):
@@ -259,4 +240,4 @@ def test_thirty_steps(tmp_path: Path, name: str, lengths: dict[str, int], rate: 
     found = peer.LossCurve(tmp_path, ours, rows, settings).train(objective_of(parameters, references_of(ours, rows)))
     assert len(wanted) == len(found) == 30
     assert min(found) < 0.9 * found[0], "the model must move, or the curve says nothing"
-    assert found == pytest.approx(wanted, rel=CURVE_TOLERANCE)
+    assert found == pytest.approx(wanted, rel=peer.CURVE_TOLERANCE)

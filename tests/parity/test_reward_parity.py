@@ -5,11 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from plumbline_api.training import Schedule, Training
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.packing import pack
 from plumbline_trainer.engine.ranking import RewardRanking
@@ -17,21 +15,6 @@ from plumbline_trainer.engine.values import ValueScorer, fresh_heads
 from support import peer, peer_reward
 from support.encoded import make_ranked
 from support.tiny import STYLES, Style, make_tokenizer
-
-CURVE_TOLERANCE = 1e-4
-"""Relative, at every one of thirty steps in float32. The padded and the packed forward round differently."""
-
-
-def training(**changes: Any) -> Training:
-    fields: dict[str, Any] = {
-        "learning_rate": 3e-3,
-        "global_batch": 4,
-        "tokens_per_batch": 256,
-        "schedule": Schedule(type="cosine", warmup_ratio=0.1),
-        "weight_decay": 0.0,
-        "gradient_clip": 1.0,
-    }
-    return Training(**{**fields, **changes})
 
 
 def make_rows(rng: random.Random, count: int, *, margins: bool) -> list[Encoded]:
@@ -64,7 +47,9 @@ def test_loss_and_gradient(tmp_path: Path, style: Style, lora: bool, margins: bo
     ours = our_scorer(style, lora=lora, touched=lora)
     theirs = peer_reward.their_reward_model(style, lora=lora)
     peer_reward.take_weights(theirs, ours, lora=lora)
-    trainer = peer_reward.reward_trainer(theirs, rows, peer.shared_arguments(tmp_path, training()), centring=centring)
+    trainer = peer_reward.reward_trainer(
+        theirs, rows, peer.shared_arguments(tmp_path, peer.training()), centring=centring
+    )
     trainer.model.eval()
     wanted = trainer.compute_loss(trainer.model, peer.first_batch(trainer))
     wanted.backward()
@@ -80,18 +65,14 @@ def test_loss_and_gradient(tmp_path: Path, style: Style, lora: bool, margins: bo
         assert float(sums[name]) / len(rows) == pytest.approx(logged[peers][-1], rel=1e-4, abs=1e-5), name
     found = {**peer.gradients_by_name(ours.model), "score.weight": ours.heads.weight.grad}
     others = peer_reward.gradients(trainer.model)
-    assert found.keys() == others.keys()
-    gap = sum(float((found[name] - others[name]).double().square().sum()) for name in found) ** 0.5
-    norm = sum(float(others[name].double().square().sum()) for name in found) ** 0.5
-    assert gap <= 1e-5 * norm
+    assert peer.gradient_gap(found, others) <= 1e-5
 
 
 @pytest.mark.parametrize(("style", "lora"), [("llama", True), ("qwen2", True), ("llama", False)])
 def test_thirty_steps(tmp_path: Path, style: Style, lora: bool) -> None:
     rows = make_rows(random.Random(4), 120, margins=True)
-    settings = training(learning_rate=5e-3 if lora else 3e-4)
-    plan = peer.plan_of(rows, settings)
-    in_order = [rows[index] for step in range(30) for index in plan.rows(step)]
+    settings = peer.training(learning_rate=5e-3 if lora else 3e-4)
+    in_order = peer.in_plan_order(rows, settings)
     ours = our_scorer(style, lora=lora)
     theirs = peer_reward.their_reward_model(style, lora=lora)
     peer_reward.take_weights(theirs, ours, lora=lora)
@@ -103,7 +84,7 @@ def test_thirty_steps(tmp_path: Path, style: Style, lora: bool) -> None:
     moved = (ours.heads.weight - fresh_heads(ours.model, 1, seed=5).weight).norm()
     assert moved > 1e-3, "the model must move, or the curve says nothing"
     assert max(abs(loss - found[0]) for loss in found) > 0.05
-    assert found == pytest.approx(wanted, rel=CURVE_TOLERANCE)
+    assert found == pytest.approx(wanted, rel=peer.CURVE_TOLERANCE)
 
 
 def test_trap_1_trl_reads_before_a_padding_token_that_ends_the_answer(tmp_path: Path) -> None:
@@ -121,7 +102,9 @@ def test_trap_1_trl_reads_before_a_padding_token_that_ends_the_answer(tmp_path: 
     ours = our_scorer("llama", lora=False)
     theirs = peer_reward.their_reward_model("llama", lora=False)
     peer_reward.take_weights(theirs, ours, lora=False)
-    trainer = peer_reward.reward_trainer(theirs, [ended], peer.shared_arguments(tmp_path, training()), centring=None)
+    trainer = peer_reward.reward_trainer(
+        theirs, [ended], peer.shared_arguments(tmp_path, peer.training()), centring=None
+    )
     trainer.model.eval()
     with torch.no_grad():
         wanted = trainer.compute_loss(trainer.model, peer.first_batch(trainer)).item()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from plumbline_api.training import Schedule, Training
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.objective import TokenLikelihood
@@ -17,34 +16,24 @@ from plumbline_trainer.engine.scorer import Scorer
 from support import peer
 from support.tiny import STYLES, Style
 
-CURVE_TOLERANCE = 1e-4
-"""Relative, at every one of thirty steps in float32. The padded and the packed forward round differently."""
-
 
 def training(**changes: Any) -> Training:
-    fields: dict[str, Any] = {
-        "learning_rate": 3e-3,
-        "global_batch": 4,
-        "tokens_per_batch": 128,
-        "schedule": Schedule(type="linear", warmup_ratio=0.1),
-        "weight_decay": 0.0,
-        "gradient_clip": 1.0,
-    }
-    return Training(**{**fields, **changes})
+    return peer.training(tokens_per_batch=128, schedule=Schedule(type="linear", warmup_ratio=0.1), **changes)
 
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("lora", [True, False])
-def test_loss_and_gradient(tmp_path: Path, style: Style, lora: bool) -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_loss_and_gradient(tmp_path: Path, style: Style, lora: bool, smoothing: float) -> None:
+    """Also with smoothed labels, which are transformers' `label_smoothing_factor`."""
     rng = random.Random(3)
     rows = [
         peer.make_completion(rng, rng.randint(2, 30), rng.randint(2, 40), share=rng.choice([1.0, 0.6]))
         for _ in range(4)
     ]
     ours = peer.our_model(style, lora=lora, touched=True)
-    trainer = peer.sft_trainer(
-        peer.their_model(ours, style, lora=lora), rows, peer.shared_arguments(tmp_path, training())
-    )
+    arguments = peer.shared_arguments(tmp_path, training()) | {"label_smoothing_factor": smoothing}
+    trainer = peer.sft_trainer(peer.their_model(ours, style, lora=lora), rows, arguments)
     batch = peer.first_batch(trainer)
     trainer.model.eval()
     theirs = trainer.compute_loss(trainer.model, batch, num_items_in_batch=(batch["labels"][:, 1:] != -100).sum())
@@ -52,19 +41,11 @@ def test_loss_and_gradient(tmp_path: Path, style: Style, lora: bool) -> None:
 
     objective = TokenLikelihood()
     packed = pack(rows)
-    loss = objective.sums(packed, Scorer(ours)(packed))["loss"] / sum(objective.size(row) for row in rows)
+    loss = objective.sums(packed, Scorer(ours)(packed, smoothing))["loss"] / sum(objective.size(row) for row in rows)
     loss.backward()
 
     assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
-    compare_gradients(peer.gradients_by_name(ours), peer.gradients_by_name(trainer.model))
-
-
-def compare_gradients(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    gap = sum(float((ours[name] - theirs[name]).double().square().sum()) for name in ours) ** 0.5
-    norm = sum(float(theirs[name].double().square().sum()) for name in ours) ** 0.5
-    assert norm > 0
-    assert gap <= 1e-5 * norm
+    assert peer.gradient_gap(peer.gradients_by_name(ours), peer.gradients_by_name(trainer.model)) <= 1e-5
 
 
 def few_words(row: Encoded) -> Encoded:
@@ -83,9 +64,7 @@ def test_thirty_steps(tmp_path: Path, style: Style, lora: bool) -> None:
         for n in range(120)
     ]
     settings = training(learning_rate=1e-2 if lora else 2e-3)
-    plan = peer.plan_of(rows, settings)
-    assert plan.steps == 30
-    in_order = [rows[index] for step in range(30) for index in plan.rows(step)]
+    in_order = peer.in_plan_order(rows, settings)
     ours = peer.our_model(style, lora=lora)
     trainer = peer.sft_trainer(
         peer.their_model(ours, style, lora=lora), in_order, peer.shared_arguments(tmp_path, settings)
@@ -94,4 +73,4 @@ def test_thirty_steps(tmp_path: Path, style: Style, lora: bool) -> None:
     found = peer.LossCurve(tmp_path, ours, rows, settings).train(TokenLikelihood())
     assert len(theirs) == len(found) == 30
     assert found[-1] < 0.9 * found[0], "the model must learn, or the curve says nothing"
-    assert found == pytest.approx(theirs, rel=CURVE_TOLERANCE)
+    assert found == pytest.approx(theirs, rel=peer.CURVE_TOLERANCE)

@@ -11,7 +11,7 @@ import datasets
 import peft
 import torch
 import trl
-from plumbline_api.training import Lora, Training
+from plumbline_api.training import Lora, Schedule, Training
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.loop import TrainingRun
@@ -28,8 +28,24 @@ PINNED = "1.16.0"
 assert trl.__version__ == PINNED, f"parity is stated against trl {PINNED}, this is {trl.__version__}"
 
 LORA = Lora(rank=4, alpha=8)
+TRAINING: dict[str, Any] = {
+    "learning_rate": 3e-3,
+    "global_batch": 4,
+    "tokens_per_batch": 256,
+    "schedule": Schedule(type="cosine", warmup_ratio=0.1),
+    "weight_decay": 0.0,
+    "gradient_clip": 1.0,
+}
+"""Optimisation of both sides, unless a test changes it."""
+CURVE_TOLERANCE = 1e-4
+"""Relative, at every one of thirty steps in float32. The padded and the packed forward round differently."""
 
 __all__ = ["LORA", "make_completion", "make_pair", "make_thumb"]
+
+
+def training(**changes: Any) -> Training:
+    """`TRAINING` with changes."""
+    return Training(**{**TRAINING, **changes})
 
 
 def our_model(style: Style, *, lora: bool, touched: bool = False) -> Any:
@@ -74,6 +90,15 @@ def gradients_by_name(model: Any) -> dict[str, torch.Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
+
+
+def gradient_gap(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """Norm of the difference over the norm of the wanted gradient, over all of it."""
+    assert found.keys() == wanted.keys()
+    gap = sum(float((found[name] - wanted[name]).double().square().sum()) for name in found) ** 0.5
+    norm = sum(float(wanted[name].double().square().sum()) for name in found) ** 0.5
+    assert norm > 0
+    return float(gap / norm)
 
 
 def shared_arguments(folder: Path, training: Training) -> dict[str, Any]:
@@ -213,6 +238,13 @@ def plan_of(rows: Sequence[Encoded], training: Training) -> StepPlan:
         epochs=training.epochs,
         max_steps=training.max_steps,
     )
+
+
+def in_plan_order(rows: Sequence[Encoded], training: Training, steps: int = 30) -> list[Encoded]:
+    """The rows as our steps take them."""
+    plan = plan_of(rows, training)
+    assert plan.steps == steps
+    return [rows[index] for step in range(steps) for index in plan.rows(step)]
 
 
 class LossCurve:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from plumbline_api.check import check
+from plumbline_api.errors import ManifestError
+from plumbline_api.pipeline import AlignmentPipeline
+from plumbline_api.runtime import AlignmentRuntime
+
 DATASETS: list[dict[str, Any]] = [
     {"name": "manuals", "source": "s3://corpus/manuals.txt", "format": "text", "split": {"test": 0.1}},
     {"name": "tickets", "source": "s3://corpus/tickets.jsonl", "format": "instruction", "split": {"test": 0.1}},
@@ -71,3 +76,35 @@ def runtime_body(*, name: str = "cpu", **spec: Any) -> dict[str, Any]:
             "spec": {"image": "registry.example/plumbline-trainer:test", **spec},
         }
     )
+
+
+def problems_with(body: dict[str, Any], runtime: dict[str, Any] | None = None, place: str = "anywhere") -> list[str]:
+    """What parsing and checking say of a manifest."""
+    try:
+        pipeline = AlignmentPipeline.parse(body)
+    except ManifestError as error:
+        return [str(p) for p in error.problems]
+    offered = None if runtime is None else AlignmentRuntime.parse(runtime)
+    return [str(p) for p in check(pipeline, offered, place=place)]  # type: ignore[arg-type]
+
+
+def stages_with(index: int, **changes: Any) -> list[dict[str, Any]]:
+    """The stages with changes to one."""
+    stages = [dict(stage) for stage in STAGES]
+    stages[index] = {**stages[index], **changes}
+    return stages
+
+
+def retyped(index: int, **type_: Any) -> list[dict[str, Any]]:
+    """The stages with one of another type."""
+    stages = [dict(stage) for stage in STAGES]
+    stages[index] = {"name": stages[index]["name"], **type_}
+    return stages
+
+
+REWARD = {"name": "reward", "rewardModel": {"dataset": "prefs", "lora": {"rank": 4}}}
+
+
+def exam_of(name: str, *, judge: dict[str, Any], **evaluate: Any) -> dict[str, Any]:
+    """An evaluation by a judge."""
+    return {"name": name, "evaluate": {"suites": [{"winRate": {"dataset": "prefs", "judge": judge}}], **evaluate}}

@@ -46,8 +46,10 @@ class Models:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step of trl: losses by token in the rollout's order, and gradients before it."""
+    """One optimizer step of trl: losses by token, and the gradients it was taken with."""
 
+    rows: list[int]
+    """Of the rollout, in its order: those of the last micro-batch before the step."""
     policy_loss: Tensor
     value_loss: Tensor
     """Squares: trl halves their mean."""
@@ -153,26 +155,25 @@ def _queries(rollout: Rollout) -> Tensor:
 def _read(folder: Path, rollout: Rollout) -> Observed:
     found = load_file(folder / "found.safetensors")
     places = {tuple(ids): index for index, ids in enumerate(_queries(rollout).tolist())}
-    rows = [places[tuple(ids)] for ids in found["rollout.queries"].tolist()]
-    order = torch.tensor(sorted(range(len(rows)), key=lambda place: rows[place]))
+    rows = torch.tensor([places[tuple(ids)] for ids in found["rollout.queries"].tolist()])
+    order = torch.argsort(rows)
     held = {name.removeprefix("rollout."): value[order] for name, value in found.items() if name.startswith("rollout.")}
     (log, *_) = json.loads((folder / "log.json").read_text())
-    return Observed(held, _steps(found, order), log)
+    return Observed(held, _steps(found, rows), log)
 
 
-def _steps(found: dict[str, Tensor], order: Tensor) -> list[Step]:
+def _steps(found: dict[str, Tensor], rows: Tensor) -> list[Step]:
     steps: list[Step] = []
     while f"step{len(steps)}.loss" in found:
         start = f"step{len(steps)}."
         of = {name.removeprefix(start): value for name, value in found.items() if name.startswith(start)}
-        # Back from the order of the mini-batch to that of the rollout, where it was one mini-batch.
-        places = torch.argsort(of["micro_batch_inds"])
-        whole = len(places) == len(order)
-        in_order = places[order] if whole else places
+        of_step = rows[of["micro_batch_inds"]]
+        order = torch.argsort(of_step)
         steps.append(
             Step(
-                of["pg_loss_max"][in_order],
-                of["vf_loss_max"][in_order],
+                of_step[order].tolist(),
+                of["pg_loss_max"][order],
+                of["vf_loss_max"][order],
                 of["loss"].item(),
                 {name.removeprefix("gradient."): value for name, value in of.items() if name.startswith("gradient.")},
             )

@@ -23,6 +23,18 @@ def available_cpus() -> int:
     return count
 
 
+def memory_limit() -> int | None:
+    """Bytes that the processes of this control group may use, at most what the machine has; None if unknown."""
+    found: list[int] = []
+    with contextlib.suppress(OSError, ValueError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for counter in _oom_counters():
+        for name in ("memory.max", "memory.limit_in_bytes"):  # version 2, version 1; "max" is no number
+            with contextlib.suppress(OSError, ValueError):
+                found.append(int((counter.parent / name).read_text(encoding="utf-8")))
+    return min(found, default=None)
+
+
 def oom_kills() -> int | None:
     """Processes of this control group that the kernel has killed for memory so far; None where it does not tell."""
     for path in _oom_counters():

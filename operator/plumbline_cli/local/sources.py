@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,9 @@ def _absolute(source: str, folder: Path) -> str:
     if scheme != "file" or not rest:
         return source
     rest = str(Path(rest).expanduser()) + "/" * rest.endswith("/") if rest.startswith("~/") else rest
-    # Joined, not resolved: a glob pattern and a symbolic link stay what they are. `/`-rooted paths win over the folder.
-    path = str((folder / rest).absolute())
+    # Joined and freed of `..`, not resolved: glob patterns and symbolic links stay what they are. `/`-rooted paths win
+    # over the folder.
+    path = os.path.normpath((folder / rest).absolute())
     return f"file://{path}/" if rest.endswith("/") else f"file://{path}"
 
 

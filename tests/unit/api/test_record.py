@@ -38,11 +38,11 @@ def replaced(index: int, stage: dict[str, Any]) -> list[dict[str, Any]]:
 # Golden: these change only when a numerics version is raised or the fingerprint's definition changes, and then every
 # stage in every user's storage is computed anew. Never edit them for convenience.
 GOLDEN = {
-    "domain": "e7e7f36f997cab1124b29f09677a937c41c707b9aa889889e7dd34ee7cd16a8a",
-    "sft": "178aec5f6cd3dcf098dad3c1881445adf49ef0a18f895718d2d482da52cd40bf",
-    "dpo": "d5854513d54db24059f4c52da02af68ec7a9671f0fda5c1ed3772b3aafdab3f7",
-    "final": "268dfa38b3b983f2ceba9b590ee30fff51701c8781ea223b074f9bd6f9505339",
-    "exam": "b1b59493d524baec6fdff3b3589ee4ffafbfb40da303266559eddbab1ff688a2",
+    "domain": "13317ef7d8f1c24eddf00b026d929746ec6881c0ac0062fa39b8643260487f80",
+    "sft": "3982c2c8ae1c0201e824856166c4e4d736ccdf063d2f32b7d5a67e30e03a5b47",
+    "dpo": "88eec9376cecbaeadc582e38988d5fbd7a5429a61cc466d9c0d40eef73c42d33",
+    "final": "3692990faa0e86874022c9473d0f0d547493b488e5c46d7d94000c3af3ef909e",
+    "exam": "0257afbdb58bbcd8f66a0c3dbaae987dab30bbbc69b4bf79162230c61a874369",
 }
 
 
@@ -61,13 +61,17 @@ def test_an_edit_changes_the_stage_and_what_depends_on_it() -> None:
     assert [name for name in before if before[name] != after[name]] == ["sft", "dpo", "final", "exam"]
 
 
-def test_resources_retries_and_checkpoint_interval_do_not_change_fingerprints() -> None:
+def test_resources_retries_and_what_steers_a_run_do_not_change_fingerprints() -> None:
     stage = {
         "name": "sft",
         "retries": 5,
         "timeout": "1h",
         "resources": {"nodes": 2, "memory": "8Gi"},
-        "sft": {"dataset": "tickets", "lora": {"rank": 4}, "training": {"checkpointEverySteps": 3}},
+        "sft": {
+            "dataset": "tickets",
+            "lora": {"rank": 4},
+            "training": {"checkpointEverySteps": 3, "gradientCheckpointing": True},
+        },
     }
     assert prints(stages=replaced(1, stage)) == prints()
 

@@ -13,7 +13,7 @@ def test_paths_are_relative_to_the_manifest_and_other_sources_stay():
     local, notes = localise(body, FOLDER, gpus=0)
     assert [dataset["source"] for dataset in local["spec"]["datasets"]] == [
         "file:///work/project/data/a.jsonl",
-        "file:///work/project/../b/*.jsonl",
+        "file:///work/b/*.jsonl",
         "file:///abs/c.csv",
         "file:///work/project/d.txt",
         "s3://bucket/e.jsonl",

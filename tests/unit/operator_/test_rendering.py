@@ -243,3 +243,24 @@ def test_a_job_fits_the_limits_on_names_and_labels():
 @pytest.mark.parametrize(("seconds", "left"), [(120, 108), (30, 25), (6, 1), (3, 1)])
 def test_the_trainer_gets_a_little_less_than_the_grace_period(seconds: float, left: int):
     assert grace_for_trainer(seconds) == left
+
+
+def test_a_stage_gets_the_tokens_of_the_endpoints_it_asks_and_no_other():
+    endpoints = [
+        {"name": "help-ful", "url": "https://judge.example/a", "secretName": "judge"},
+        {"name": "open", "url": "https://judge.example/b"},
+        {"name": "unused", "url": "https://judge.example/c", "secretName": "other"},
+    ]
+    rewards = [{"endpoint": "help-ful"}, {"endpoint": "open"}]
+    stages = [{"name": "rl", "grpo": {"prompts": "tickets", "rewards": rewards}}]
+    made = world(stages, {"rewardEndpoints": endpoints})
+
+    def secrets_of(stage: str) -> dict[str, Any]:
+        container = job_of(made, stage)["spec"]["template"]["spec"]["containers"][0]
+        return {item["name"]: item["valueFrom"]["secretKeyRef"] for item in container["env"] if "valueFrom" in item}
+
+    tokens = {name: found for name, found in secrets_of("rl").items() if not name.startswith("AWS_")}
+    assert tokens == {"PLUMBLINE_ENDPOINT_TOKEN_HELP_FUL": {"name": "judge", "key": "token"}}
+    assert not [name for name in secrets_of("preflight") if "TOKEN_HELP" in name]
+    run = started(made, "rl").run
+    assert [endpoint.name for endpoint in run.endpoints or []] == ["help-ful", "open"]

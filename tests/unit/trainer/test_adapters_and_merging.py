@@ -91,6 +91,49 @@ def test_merging_does_not_depend_on_threads():
         torch.set_num_threads(1)
 
 
+def test_a_whole_adapter_is_merged_alike_by_any_number_of_threads(tmp_path):
+    source = tiny.save_model(tmp_path / "base", seed=1)
+    adapted, _ = load_base(source, "float32")
+    perturbed_adapter(adapted, Lora(rank=4), 5)
+    adapter = adapters.adapter_of(adapted, Lora(rank=4))
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            plain, _ = load_base(source, "float32")
+            lost = merging.merge_into(plain, adapter, torch.float32)
+            digest = merging.weights_digest(merging.stored_weights(plain).items())
+            assert merging.merged_digest(adapted, adapter, torch.float32) == (digest, lost)
+            found.append((digest, lost))
+    finally:
+        torch.set_num_threads(1)
+    assert found[0] == found[1]
+    assert found[0][1].weights == sum(d.b.shape[0] * d.a.shape[1] for d in adapter.deltas.values())
+
+
+def test_two_deltas_on_one_shared_weight_are_both_merged():
+    first, second = torch.nn.Linear(6, 5, bias=False), torch.nn.Linear(6, 5, bias=False)
+    second.weight = first.weight
+    model = torch.nn.ModuleDict({"a": first, "b": second})
+    generator = torch.Generator().manual_seed(0)
+    deltas = {
+        name: merging.Delta(torch.randn(2, 6, generator=generator), torch.randn(5, 2, generator=generator), 0.5)
+        for name in ("a", "b")
+    }
+    expected = first.weight.detach().clone()
+    for delta in deltas.values():
+        expected = merging.merge_delta(expected, delta, torch.float32)
+    merging.merge_into(model, merging.Adapter(deltas, 2, 1.0), torch.float32)
+    assert torch.equal(first.weight, expected)
+    assert first.weight is second.weight
+
+
+def test_large_weights_whose_sum_overflows_are_finite():
+    delta = merging.Delta(torch.zeros(1, 4), torch.zeros(4, 1), 1.0)
+    weight = torch.full((4, 4), 3e38)
+    assert torch.equal(merging.merge_delta(weight, delta, torch.float32), weight)
+
+
 def test_a_small_delta_is_lost_in_bfloat16():
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(256, 256, generator=generator) * 0.02).bfloat16()

@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from bench import generation
 from bench.trainer_rows import METHODS
 from bench.trainer_side import Task, measure_ours, measure_trl
+from plumbline_trainer.models.loading import load_base
+from plumbline_trainer.rollout.interface import Prompt
+from support import adapted
 from support.tiny import save_model
 
 
@@ -29,3 +33,16 @@ def test_both_sides_measure_the_same_rows(tmp_path: Path, method: str) -> None:
     assert ours.rows_per_second > 0
     assert trl.rows_per_second > 0
     assert len(ours.losses) == len(trl.losses)
+
+
+def test_rollouts_and_generate_answer_the_same_prompts(tmp_path: Path) -> None:
+    model, tokenizer = load_base(save_model(tmp_path / "model"), "float32")
+    adapted.attach_and_move(model, adapted.lora_of("plain"), 1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    prompts = [Prompt(str(length), list(range(5, 5 + length))) for length in (3, 9, 4)]
+    rows = generation.compare(model, tokenizer, prompts, generation.Size(3, 2, 6, 1))
+    assert [row["rollout"] for row in rows] == ["ours", "generate", "generate, adapter merged"]
+    assert all(float(row["tokens per processor second"]) > 0 for row in rows)
+    assert all(0 < float(row["tokens per answer"]) <= 6 for row in rows)
+    for name, tensor in model.state_dict().items():
+        assert (tensor - before[name]).abs().max() < 1e-6

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from plumbline_trainer.engine import logprobs
-from plumbline_trainer.engine.logprobs import Head, token_divergences, token_log_probabilities
+from plumbline_trainer.engine.logprobs import (
+    Head,
+    log_probabilities,
+    token_divergences,
+    token_entropies,
+    token_log_probabilities,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 N, D, V = 53, 16, 300
@@ -18,7 +26,7 @@ def logs_by_definition(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     logits = logits * head.scale
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
-    return torch.log_softmax(logits, -1)
+    return torch.log_softmax(logits / head.temperature, -1)
 
 
 def by_definition(hidden: torch.Tensor, targets: torch.Tensor, head: Head, smoothing: float = 0.0) -> torch.Tensor:
@@ -63,6 +71,49 @@ def test_value_and_gradient(trained: bool, smoothing: float, bias: bool, scale: 
     assert len(gradients) == len(wanted)
     for gradient, want in zip(gradients, wanted, strict=True):
         assert (gradient.double() - want).norm() <= 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(("bias", "scale", "softcap"), HEADS)
+def test_temperature_divides_the_logits_last(trained: bool, bias: bool, scale: float, softcap: float | None) -> None:
+    """Trap 17: policy, old policy and reference are taken at one temperature, after scale and cap."""
+    hidden, targets, head = make(bias, scale, softcap, trained=trained)
+    head = replace(head, temperature=0.7)
+    inputs = [t for t in (hidden, head.weight, head.bias) if t is not None and t.requires_grad]
+    found = token_log_probabilities(hidden, targets, head)
+    wanted = by_definition(hidden, targets, head)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    factors = torch.randn(N, generator=torch.Generator().manual_seed(6))
+    gradients = torch.autograd.grad((factors * found).sum(), inputs)
+    for gradient, want in zip(gradients, torch.autograd.grad((factors * wanted).sum(), inputs), strict=True):
+        assert (gradient - want).norm() <= 1e-4 * want.norm()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("bias", "scale", "softcap"), HEADS)
+def test_entropy_and_its_gradient(
+    trained: bool, temperature: float, bias: bool, scale: float, softcap: float | None
+) -> None:
+    hidden, _, head = make(bias, scale, softcap, trained=trained)
+    head = replace(head, temperature=temperature)
+    inputs = [t for t in (hidden, head.weight, head.bias) if t is not None and t.requires_grad]
+    found = token_entropies(hidden, head)
+    logs = logs_by_definition(hidden, head)
+    wanted = -(logs.exp() * logs).sum(-1)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    factors = torch.randn(N, generator=torch.Generator().manual_seed(6))
+    gradients = torch.autograd.grad((factors * found).sum(), inputs)
+    for gradient, want in zip(gradients, torch.autograd.grad((factors * wanted).sum(), inputs), strict=True):
+        assert (gradient - want).norm() <= 1e-4 * want.norm()
+
+
+def test_entropy_by_hand() -> None:
+    """p = (0.8, 0.2): −0.8·ln 0.8 − 0.2·ln 0.2 = 0.50040; at temperature 2 p = (2/3, 1/3): 0.63651."""
+    weight = torch.tensor([[1.3862943611198906], [0.0]])
+    assert token_entropies(torch.ones(1, 1), Head(weight)).item() == pytest.approx(0.5004024, abs=1e-6)
+    found = token_entropies(torch.ones(1, 1), Head(weight, temperature=2.0))
+    assert found.item() == pytest.approx(0.6365142, abs=1e-6)
 
 
 def test_smoothing_by_hand() -> None:
@@ -168,3 +219,19 @@ def test_peaked_distributions_over_a_large_vocabulary_have_no_bias() -> None:
     scored = token_log_probabilities(hidden.detach(), targets, head)
     assert torch.equal(trained, scored), "a reference is scored without a gradient, the policy with one"
     assert abs((trained.double() - exact).mean().item()) < 2e-6
+
+
+def test_logarithms_over_a_large_vocabulary_do_not_drift() -> None:
+    """A running sum over 49,152 powers is off by 1e-5 the same way for every token, which the mean shows."""
+    rng = torch.Generator().manual_seed(1)
+    logits = (3 * torch.randn(64, 49_152, generator=rng)).requires_grad_()
+    exact = torch.log_softmax(logits.double(), -1)
+    found = log_probabilities(logits)
+    assert found.dtype == torch.float32
+    assert float((found - exact).mean().abs()) < 5e-7
+    factors = torch.randn(64, generator=rng)
+    chosen = torch.arange(64)
+    found_gradient, exact_gradient = (
+        torch.autograd.grad((factors * logs[chosen, 7 * chosen]).sum(), logits)[0] for logs in (found, exact)
+    )
+    torch.testing.assert_close(found_gradient, exact_gradient, rtol=1e-5, atol=1e-9)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plumbline_trainer.data.encode import Encoded, EncodedResponse
 from plumbline_trainer.engine.packing import pack, packed_length
-from plumbline_trainer.engine.segments import Block, visibility_mask
+from plumbline_trainer.engine.segments import Block, SegmentPlan, visibility_mask
 from support.encoded import make_completion, make_pair
 
 INF = float("-inf")
@@ -95,7 +95,34 @@ def test_mask_agrees_with_a_definition_token_by_token(prompt: int, responses: li
             assert (mask[q, k] == 0) == seen
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    past=st.integers(1, 6),
+    prompt=st.integers(0, 4),
+    responses=st.lists(st.integers(0, 5), min_size=1, max_size=3),
+    window=st.none() | st.integers(1, 8),
+)
+def test_what_is_past_is_seen_like_a_prompt(past: int, prompt: int, responses: list[int], window: int | None) -> None:
+    behind = Block(start=0, prompt=prompt, responses=tuple(responses), past=range(3, 3 + past))
+    whole = Block(start=0, prompt=past + prompt, responses=tuple(responses))
+    assert not behind.is_causal
+    assert torch.equal(visibility_mask(behind, window), visibility_mask(whole, window)[past:])
+    assert SegmentPlan((behind,)).positions() == SegmentPlan((whole,)).positions()[past:]
+
+
 def test_pairs_share_their_prompt() -> None:
     rng = random.Random(3)
     row = make_pair(rng, 100, 5, 7)
     assert packed_length(row) == 100 + 4 + 6
+
+
+def test_heads_can_be_read_before_an_answer() -> None:
+    """−1 is the last token of the prompt, whichever answer asks: a critic values the state before every token."""
+    answers = [
+        EncodedResponse([5, 6], [True, True], "completion", reads=(-1, 0)),
+        EncodedResponse([7, 8, 9], [True] * 3, "completion", reads=(-1, 0, 1)),
+    ]
+    batch = pack([Encoded("a", "a", [1, 2, 3], answers), Encoded("b", "b", [4], answers[:1])])
+    assert batch.input_ids.tolist() == [[1, 2, 3, 5, 7, 8, 4, 5]]
+    assert batch.reads.tolist() == [2, 3, 2, 4, 5, 6, 7]
+    assert batch.sources.tolist() == batch.reads.tolist()

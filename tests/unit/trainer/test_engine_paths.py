@@ -224,6 +224,15 @@ class TestChoosingThePath:
         assert long in _sample([*self.rows, long], 64, window=32)
         assert long not in _sample([*self.rows, long], 64, window=None)
 
+    def test_the_shortest_scored_rows_are_compared(self) -> None:
+        from plumbline_trainer.engine.pathcheck import _sample
+
+        rng = random.Random(2)
+        long, short, shorter, silent = (make_completion(rng, *sizes) for sizes in ((30, 50), (5, 8), (4, 6), (1, 2)))
+        silent.responses[0].mask[:] = [False] * len(silent.responses[0].mask)
+        assert _sample([long, silent, short, shorter], 40, window=None) == [shorter, short]
+        assert _sample([long, short], 1, window=None) == [short, long]
+
 
 def test_scored_rows_are_aligned_with_their_ids() -> None:
     rng = random.Random(4)

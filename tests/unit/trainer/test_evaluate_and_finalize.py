@@ -160,12 +160,15 @@ def test_answers_are_shared_between_suites_and_ordered_by_change(done):
     assert wins["judge"]["text"] == "answers in at most 8 words"
 
 
-def test_a_second_evaluation_gives_the_same_bytes(done, tmp_path):
+def test_a_second_evaluation_gives_the_same_bytes_and_says_its_path(done, tmp_path, capsys):
     pipeline, _ = done
     first = trainer.output_folder(pipeline.stage("exam"))
     run = pipeline.stage("exam").model_copy(update={"fingerprint": "f" * 64})
     result, code = trainer.run_in_process(tmp_path, run)
     assert code == 0, result.message
+    said = capsys.readouterr().err
+    for name in ("final", "base"):
+        assert f"INFO {name}: fast path: differences to the plain path: loss " in said
     assert (trainer.output_folder(run) / "report.json").read_bytes() == (first / "report.json").read_bytes()
 
 

@@ -17,10 +17,11 @@ from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.models.adapters import adapters_disabled, attach_lora
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from support.chains import train_by_hand
 from support.encoded import make_completion
 from support.ranks import run_ranks
 from support.tiny import make_model
-from support.trainer import manifest_of, output_folder, run_in_process
+from support.trainer import base_model, manifest_of, output_folder, output_of, run_in_process
 from support.training_data import training_run
 
 
@@ -70,6 +71,31 @@ def test_no_divergence_from_itself() -> None:
     assert float(divergences.abs().max()) < 1e-6
 
 
+@pytest.mark.parametrize("style", ["llama", "qwen2", "gemma2", "gpt2"])
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_reference_of_its_own(style: Any, lora: bool) -> None:
+    """Fast and plain, and the definition; where all weights are trained, the head is among them."""
+    model = moved_model(style) if lora else make_model(style, seed=4).requires_grad_(True)
+    reference = Scorer(make_model(style, seed=7)).requires_grad_(False)
+    rng = random.Random(1)
+    rows = [make_completion(rng, prompt, length, share=0.7) for prompt, length in ((4, 5), (0, 7), (9, 1))]
+    batch = pack(rows)
+    found = {}
+    for path in ("fast", "plain"):
+        reference.path = path  # type: ignore[assignment]
+        scores, divergences = Scorer(model, path=path).with_divergence(batch, 0.0, reference)  # type: ignore[arg-type]
+        gradients = torch.autograd.grad(-scores.sum() + 0.7 * divergences.sum(), list(trainables(model).values()))
+        found[path] = scores.detach(), divergences.detach(), torch.cat([g.flatten() for g in gradients])
+    for fast, plain in zip(found["fast"], found["plain"], strict=True):
+        assert float((fast - plain).norm()) <= 1e-4 * float(plain.norm())
+    row = rows[0]
+    ids = torch.tensor([[*row.prompt, *row.responses[0].ids]])
+    with torch.no_grad():
+        p, q = (torch.log_softmax(one(input_ids=ids).logits[0].double(), 1) for one in (model, reference.model))
+    wanted = (q.exp() * (q - p)).sum(1)[[len(row.prompt) - 1 + k for k, own in enumerate(row.responses[0].mask) if own]]
+    torch.testing.assert_close(found["fast"][1][: len(wanted)].double(), wanted, rtol=1e-4, atol=1e-5)
+
+
 SETTINGS: dict[str, Any] = {"lora": {"rank": 4}, "rows": 15, "globalBatch": 5, "epochs": 3, "learningRate": 1e-2}
 
 
@@ -90,6 +116,33 @@ def test_a_coefficient_keeps_the_policy_near_its_start(tmp_path: Path) -> None:
     assert strong["loss"] > plain["loss"]
 
 
+@pytest.mark.parametrize("lora", [{"rank": 4}, None])
+def test_a_stage_stays_near_the_base_model_it_does_not_start_from(tmp_path: Path, lora: dict[str, int] | None) -> None:
+    """After another stage, with an adapter and with all weights: the reference is in memory beside the policy."""
+    found = {}
+    for coefficient in (1e-6, 5.0):
+        folder = tmp_path / f"{coefficient}"
+        base = training_run(
+            folder,
+            "sft",
+            evaluation=0.2,
+            stage={"kl": {"coefficient": coefficient, "baseModel": True}},
+            lora=lora,
+            rows=15,
+            globalBatch=5,
+            epochs=3,
+            learningRate=1e-2 if lora else 1e-3,
+        )
+        earlier = train_by_hand(folder, "earlier", base.inputs[0], seed=1, size=0.05)
+        inputs = [output_of(earlier), base.inputs[1], base_model(base.inputs[0].uri or "", "kl.reference")]
+        run = base.model_copy(update={"inputs": inputs})
+        result, code = run_in_process(folder, run)
+        assert code == 0, result.message
+        found[coefficient] = dict(manifest_of(run).metrics)
+    assert found[1e-6]["kl"] > 1e-3, "the stage starts away from its reference"
+    assert found[5.0]["kl"] < 0.7 * found[1e-6]["kl"]
+
+
 def test_smoothed_labels_train_but_do_not_evaluate(tmp_path: Path) -> None:
     smooth, plain = run_with(tmp_path / "smooth", labelSmoothing=0.3), run_with(tmp_path / "plain")
     assert smooth["evalLossStart"] == plain["evalLossStart"]
@@ -97,14 +150,18 @@ def test_smoothed_labels_train_but_do_not_evaluate(tmp_path: Path) -> None:
 
 
 def test_kl_needs_an_adapter_to_switch_off() -> None:
-    with pytest.raises(ValidationError, match=r"set lora, or hold the weights with ewc or training\.l2sp"):
+    with pytest.raises(ValidationError, match=r"set lora, name the policy .* or hold the weights with ewc"):
         Sft.model_validate({"dataset": "a", "kl": {}})
+    for named in ({"reference": "other"}, {"baseModel": True}):
+        Sft.model_validate({"dataset": "a", "kl": named})
+        Sft.model_validate({"dataset": "a", "kl": named, "lora": {"modulesToSave": ["norm"]}})
 
 
 @pytest.mark.parametrize(
     ("kind", "fields", "said"),
     [
         (Sft, {"kl": {}, "lora": {"modulesToSave": ["norm"]}}, r"kl .* lora\.modulesToSave are trained beside it"),
+        (Sft, {"kl": {"reference": "a", "baseModel": True}}, r"baseModel takes spec\.model; leave one of the two out"),
         (Sft, {"ewc": {"dataset": "b"}, "lora": {"dora": True}}, r"ewc .* lora\.dora .* Leave one of the two out"),
         (Sft, {"ewc": {"dataset": "b"}, "lora": {"quantization": "nf4"}}, r"ewc .* lora\.quantization leaves none"),
         (Sft, {"training": {"l2sp": 0.1}, "lora": {"dora": True}}, r"training\.l2sp .* lora\.dora"),

@@ -9,7 +9,14 @@ import pytest
 import torch
 from plumbline_api.errors import InputError
 from plumbline_trainer.models import folders
-from plumbline_trainer.models.loading import check_weights, load_base, load_config, load_tokenizer, storage_dtype_of
+from plumbline_trainer.models.loading import (
+    check_weights,
+    load_base,
+    load_config,
+    load_tokenizer,
+    place_weights,
+    storage_dtype_of,
+)
 from plumbline_trainer.models.saving import save_full
 from support import tiny
 
@@ -215,3 +222,14 @@ def test_tiny_models_are_functions_of_their_arguments(tmp_path):
     read = {n: (tmp_path / n / "model.safetensors").read_bytes() for n in "abc"}
     assert read["a"] == read["b"] != read["c"]
     assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("style", ["llama", "qwen2", "gemma2"])
+def test_rotary_frequencies_are_never_rounded(style):
+    """Weights in bfloat16; the angles at the thousandth token would else be off by more than a radian."""
+    model, exact = tiny.make_model(style), tiny.make_model(style)
+    place_weights(model, "bfloat16", "cpu")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    found, wanted = dict(model.named_buffers()), dict(exact.named_buffers())
+    assert any("inv_freq" in name for name in found)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -242,6 +242,7 @@ class TestAborting:
         assert kl[-2] > 0.5
         assert kl[-3] <= 0.5
         assert result.message.endswith(f"after iteration {len(kl) - 3}")
+        assert manifest_of(run).aborted == result.message
         assert metrics["steps"] == len(kl) - 1, "nothing is learnt from the rollout that ends the stage"
         written = {name.replace("base_model.model.", ""): tensor for name, tensor in weights_of(run).items()}
         good = {name.replace(".default", ""): tensor for name, tensor in seen[-3].items()}

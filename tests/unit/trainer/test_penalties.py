@@ -248,6 +248,23 @@ def test_neither_ranks_nor_accumulation_change_penalties(tmp_path: Path, lora: A
         assert gap(weights, found[name][1]) < 1e-4
 
 
+@pytest.mark.parametrize("type_", ["dpo", "kto", "orpo"])
+def test_preference_stages_hold_weights_that_matter_elsewhere(tmp_path: Path, type_: str) -> None:
+    figures = []
+    for coefficient in (1e-6, 1e4):
+        folder = tmp_path / f"{coefficient}"
+        held = {"ewc": {"dataset": "old", "coefficient": coefficient, "rows": 9}}
+        run = training_run(
+            folder, type_, lora={"rank": 4}, stage=held, others={"ewc.dataset": "promptCompletion"}, **SETTINGS
+        )
+        result, code = run_in_process(folder, run)
+        assert code == 0, result.message
+        figures.append(manifest_of(run).metrics["ewc"] / coefficient)
+    weak, strong = figures
+    assert weak > 0
+    assert strong < 0.5 * weak, "½ΣF·Δ², by which the answers of the other dataset would change"
+
+
 def test_a_stronger_penalty_keeps_weights_nearer_to_their_start(tmp_path: Path) -> None:
     found = []
     for number, changes in enumerate(({}, {"l2sp": 10.0})):

@@ -179,6 +179,30 @@ def test_a_head_that_no_reward_model_reads_is_not_trained(tmp_path: Path) -> Non
     )
 
 
+class TestVllm:
+    """vLLM is refused where it cannot run: never another engine instead."""
+
+    stages: ClassVar = [
+        {"name": "rl", "grpo": {"prompts": "q", "rewards": [{"rule": "length"}], "rollout": {"engine": "vllm"}}}
+    ]
+
+    def test_without_a_device(self, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        result, code = preflight(pipeline(tmp_path, model, self.stages))
+        assert (code, result.reason) == (2, "BadInput")
+        assert result.message == (
+            "spec.stages[0].grpo.rollout.engine: vllm needs a CUDA device, and this stage has none. Set "
+            "resources.gpusPerNode to 1 or more, on a runtime with NVIDIA GPUs; or set it to huggingface"
+        )
+
+    def test_without_the_executable(self, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setenv("PLUMBLINE_VLLM", "/opt/none/vllm")
+        result, code = preflight(pipeline(tmp_path, model, self.stages))
+        assert (code, result.reason) == (2, "BadInput")
+        assert 'this trainer image has no executable "/opt/none/vllm"' in result.message
+
+
 class TestFourBits:
     """QLoRA is refused where it cannot be: never another precision instead."""
 

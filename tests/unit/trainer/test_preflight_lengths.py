@@ -9,7 +9,7 @@ from plumbline_trainer.data.encode import Method, encode_rows
 from plumbline_trainer.data.loading import load_rows
 from plumbline_trainer.engine.objective import row_tokens
 from plumbline_trainer.models.loading import load_tokenizer
-from plumbline_trainer.planning.estimates import RUNTIME_BYTES
+from plumbline_trainer.planning.memory import RUNTIME_BYTES
 from support import tiny
 from support.preflighting import pipeline, plan_of, preflight
 from support.trainer import LocalPipeline, stage_context, write_jsonl

@@ -82,7 +82,7 @@ def weights_of(run: StageRun, name: str = "*.safetensors") -> dict[str, torch.Te
 
 def loaded(folder: Path, run: StageRun, **options: Any) -> RewardModel:
     reader = stage_context(folder / "reader", stage_run(folder))
-    return load_reward_model(reader, output_of(run), precision="float32", device="cpu", **options)
+    return load_reward_model(reader, output_of(run), **{"precision": "float32", "device": "cpu", **options})
 
 
 def assert_close(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor], rtol: float = 1e-5) -> None:
@@ -140,11 +140,14 @@ def test_without_held_out_rows_nothing_is_claimed(tmp_path: Path, caplog: pytest
 
 
 @pytest.mark.parametrize("lora", [LORA, None])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")],
+)
 def test_the_saved_artifact_scores_the_same_bits(
-    tmp_path: Path, lora: dict[str, Any] | None, dtype: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, lora: dict[str, Any] | None, dtype: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The scores that were measured are those that later stages get, also where storage rounds trained weights."""
+    """The scores that were measured are those that later stages get, also where storage or reading rounds weights."""
     measured: list[Any] = []
     real = reward_pass._values
 
@@ -154,9 +157,18 @@ def test_the_saved_artifact_scores_the_same_bits(
         return values
 
     monkeypatch.setattr(reward_pass, "_values", kept)
-    run = reward_run(tmp_path, lora=lora, test=0.3, dtype=dtype, stage={"heads": 2}, maxSteps=4, learningRate=1e-2)
+    run = reward_run(
+        tmp_path,
+        lora=lora,
+        test=0.3,
+        dtype=dtype,
+        stage={"heads": 2},
+        maxSteps=4,
+        learningRate=1e-2,
+        precision=precision,
+    )
     succeed(tmp_path, run)
-    model = loaded(tmp_path, run, tokens_per_batch=512)
+    model = loaded(tmp_path, run, tokens_per_batch=512, precision=precision)
     assert model.scorer.path == "fast"
     assert not any(parameter.requires_grad for parameter in model.scorer.parameters())
     for rows, values in measured:

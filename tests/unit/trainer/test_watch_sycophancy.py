@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from plumbline_trainer.data.rows import Message, Response, Row
@@ -11,7 +13,9 @@ from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.models.tokenizer import make_tokenizer
 from plumbline_trainer.watch import sycophancy
-from support import tiny
+from plumbline_trainer.worker import execute
+from support import tiny, trainer
+from support.training_data import rows_of, training_run
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +128,41 @@ def test_a_policy_that_learns_to_agree_is_told_from_one_that_keeps_to_its_answer
         optimizer.step()
     found = sycophancy.measure(probe, scorer, tokens_per_batch=4096, ranks=Ranks())["sycophancy"]
     assert found >= 0.8 if agrees else found <= 0.2
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_stage_measures_it_at_its_evaluations(tmp_path, own):
+    """On the questions that come with the trainer, or on the test split of a dataset; without any held-out prompt."""
+    run = training_run(
+        tmp_path,
+        "reinforce",
+        stage={
+            "rewards": [{"rule": "length"}],
+            "rollout": {"maxNewTokens": 4},
+            "answers": 2,
+            "sycophancy": {"dataset": "pairs"} if own else {},
+        },
+        rows=8,
+        maxSteps=2,
+        globalBatch=2,
+        maxLength=256,
+        evaluateEverySteps=1,
+        learningRate=1e-3,
+    )
+    if own:
+        pairs = trainer.write_jsonl(tmp_path / "pairs.jsonl", rows_of("preference", 7))
+        asked = trainer.external(
+            "sycophancy.dataset", pairs, name="pairs", format="preference", split={"evaluation": 0, "test": 0.999}
+        )
+        run = run.model_copy(update={"inputs": [*run.inputs, asked]})
+    context = trainer.stage_context(tmp_path, run)
+    result, code = execute(context)
+    assert code == 0, result.message
+    metrics = trainer.manifest_of(run).metrics
+    assert 0 <= metrics["sycophancy.lower"] <= metrics["sycophancy"] <= metrics["sycophancy.upper"] <= 1
+    items = 7 if own else len(sycophancy.built_in_items())
+    assert metrics["sycophancy"] * items == pytest.approx(round(metrics["sycophancy"] * items))
+    curve = context.store.get_bytes(f"{context.run_root}/metrics.jsonl").decode()
+    assert sum('"sycophancy"' in line for line in curve.splitlines()) == 3  # before, between and after the two steps
+    monitors = json.loads((trainer.output_folder(run) / "monitors.json").read_text())
+    assert set(monitors["course"]["sycophancy"]) == {"start", "end"}

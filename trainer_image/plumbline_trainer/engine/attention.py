@@ -72,9 +72,19 @@ def segment_attention(
         raise FastPathError(f"{type(module).__name__} needs {', '.join(unknown) or 'attention in both directions'}")
     if segment_plan.length != query.shape[2]:
         raise FastPathError(f"{type(module).__name__} attends over a sequence of another length")
+    if segment_plan.keeps is not None:
+        segment_plan.keeps.keep(module, key, value)
     lengths = segment_plan.lengths
     outputs = [
-        _attend(q, k, v, block, segment_plan, scaling=scaling, window=sliding_window, softcap=softcap)
+        _attend(
+            q,
+            *_with_past(module, k, v, block, segment_plan),
+            block,
+            segment_plan,
+            scaling=scaling,
+            window=sliding_window,
+            softcap=softcap,
+        )
         for q, k, v, block in zip(
             torch.split(query, lengths, 2),
             torch.split(key, lengths, 2),
@@ -85,6 +95,15 @@ def segment_attention(
     ]
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return joined, None
+
+
+def _with_past(module: nn.Module, key: Tensor, value: Tensor, block: Block, plan: SegmentPlan) -> tuple[Tensor, Tensor]:
+    """A block's keys and values behind those of its past."""
+    if not block.past:
+        return key, value
+    assert plan.behind is not None
+    before, values_before = plan.behind.of(module, block.past)
+    return torch.cat([before, key], 2), torch.cat([values_before, value], 2)
 
 
 def _attend(
@@ -98,9 +117,10 @@ def _attend(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention within one block: [1, heads, L, d] … → [1, L, heads, d]."""
-    windowed = window is not None and window < block.length
-    if softcap is None and not windowed and not block.is_causal and wasted_scores(block) > WASTE_MAX:
+    """Attention of one block: [1, heads, L, d] over [1, key heads, past + L, d] … → [1, L, heads, d]."""
+    windowed = window is not None and window < len(block.past) + block.length
+    by_segment = not block.is_causal and not block.past and wasted_scores(block) > WASTE_MAX
+    if softcap is None and not windowed and by_segment:
         return _attend_by_segment(query, key, value, block, plan, scaling=scaling)
     mask: Tensor | None = None
     if softcap is not None or windowed or not block.is_causal:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from plumbline_api.methods import LikelihoodStage
+from plumbline_api.methods import PolicyStage
 from torch import Tensor, nn
 
 from plumbline_trainer.data.encode import Encoded, Method, encode_rows
@@ -30,7 +30,7 @@ from plumbline_trainer.storage.tensors import keep_tensors, kept_tensors
 FOLDER = "fisher"
 
 
-def hold_weights(run: TrainingRun, policy: Policy, parameters: LikelihoodStage, seed: int, *, method: Method) -> None:
+def hold_weights(run: TrainingRun, policy: Policy, parameters: PolicyStage, seed: int, *, method: Method) -> None:
     """Add the penalty that `ewc` asks for, if it does. Call it before the run takes up its checkpoint.
 
     The Fisher diagonal is taken from storage where a former attempt left it.

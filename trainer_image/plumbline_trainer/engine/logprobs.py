@@ -73,6 +73,12 @@ def token_log_probabilities(hidden: Tensor, targets: Tensor, head: Head, smoothi
     return result
 
 
+def log_probabilities(logits: Tensor) -> Tensor:
+    """log softmax over the last dimension, [n, V] float32, by sums taken pairwise (see `_normalise`)."""
+    shifted = logits - logits.detach().amax(dim=-1, keepdim=True)
+    return shifted - shifted.exp().sum(dim=-1, keepdim=True).log()
+
+
 def token_entropies(hidden: Tensor, head: Head) -> Tensor:
     """H(π) = −Σ_v p_v·log p_v over the whole vocabulary at each position; ∂H/∂z_v = −p_v·(log p_v + H).
 
@@ -95,20 +101,47 @@ def token_entropies(hidden: Tensor, head: Head) -> Tensor:
     return result
 
 
-def token_divergences(hidden: Tensor, reference: Tensor, head: Head) -> Tensor:
+def token_divergences(hidden: Tensor, reference: Tensor, head: Head, other: Head | None = None) -> Tensor:
     """KL(π_ref ‖ π) = Σ_v q_v·(log q_v − log p_v) over the whole vocabulary at each position; ∂/∂z = p − q.
 
     Args:
         hidden: [N, d] outputs of the last layer under the policy; they alone get a gradient.
         reference: [N, d] the same under the reference.
-        head: The output head of both, which is frozen.
+        head: The output head of the policy; its weights get a gradient only if they ask for one.
+        other: That of the reference, which is frozen. Absent: the policy's.
 
     Returns:
         [N] float32.
     """
-    result = _Divergence.apply(hidden, reference, head)
+    other = head if other is None else other
+    needs_weights = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+    if torch.is_grad_enabled() and needs_weights:
+        size = max(head.chunk // 2, 1)
+        parts = [slice(start, start + size) for start in range(0, len(hidden), size)]
+        found = [
+            checkpoint(
+                _divergence, hidden[part], reference[part], head, other, head.weight, head.bias, use_reentrant=False
+            )
+            for part in parts
+        ]
+        return torch.cat(found) if found else torch.zeros(0, device=hidden.device)
+    result = _Divergence.apply(hidden, reference, head, other)
     assert isinstance(result, Tensor)
     return result
+
+
+def _divergence(
+    hidden: Tensor, reference: Tensor, head: Head, other: Head, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """One chunk of `token_divergences`, for autograd to go through: nothing is overwritten."""
+    logits = (hidden.to(weight.dtype) @ weight.t()).float()
+    logits = (logits if bias is None else logits + bias.float()) * head.scale
+    if head.softcap is not None:
+        logits = torch.tanh(logits / head.softcap) * head.softcap
+    logits = logits / head.temperature
+    with torch.no_grad():
+        wanted = torch.log_softmax(_logits(reference, other, other.weight, other.bias), dim=1)
+    return (wanted.exp() * (wanted - torch.log_softmax(logits, dim=1))).sum(dim=1)
 
 
 def _plain_entropies(hidden: Tensor, head: Head) -> Tensor:
@@ -262,14 +295,14 @@ class _Divergence(torch.autograd.Function):
     """As with `_FrozenHead`, the forward pass keeps the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, reference: Tensor, head: Head) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, reference: Tensor, head: Head, other: Head) -> Tensor:
         result = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         size = max(head.chunk // 2, 1)  # two sets of logits at a time
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
             logits = _logits(hidden[part], head, head.weight, head.bias)
-            wanted = torch.log_softmax(_logits(reference[part], head, head.weight, head.bias), dim=1)
+            wanted = torch.log_softmax(_logits(reference[part], other, other.weight, other.bias), dim=1)
             found = torch.log_softmax(logits, dim=1)
             shares = wanted.exp()
             result[part] = (shares * (wanted - found)).sum(dim=1)
@@ -281,9 +314,9 @@ class _Divergence(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (slopes,) = ctx.saved_tensors
-        return (slopes * upstream[0][:, None]).to(slopes.dtype), None, None
+        return (slopes * upstream[0][:, None]).to(slopes.dtype), None, None, None
 
 
 class _Entropy(torch.autograd.Function):

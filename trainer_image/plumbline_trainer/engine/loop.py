@@ -12,11 +12,12 @@ from plumbline_api.training import Training
 
 from plumbline_trainer.context import StageContext
 from plumbline_trainer.data.encode import Encoded
+from plumbline_trainer.engine.ahead import FirstBatches
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.layers import layer_depths
 from plumbline_trainer.engine.objective import LooksAhead, Objective, row_tokens, token_weights
 from plumbline_trainer.engine.optimizer import Optimizer
-from plumbline_trainer.engine.packing import PackedBatch, pack, packed_length
+from plumbline_trainer.engine.packing import PackedBatch, keeping, pack, packed_length
 from plumbline_trainer.engine.pathcheck import choose_path
 from plumbline_trainer.engine.penalties import L2Sp, Penalty, displacements
 from plumbline_trainer.engine.range_test import diverges
@@ -82,6 +83,7 @@ class TrainingRun:
         """Tokens of this attempt."""
         self._committed_step = self.state.step
         self._label_smoothing = self._kl = 0.0
+        self._kl_reference: Scorer | None = None
         self._decide_path()
 
     def _decide_path(self) -> None:
@@ -110,7 +112,13 @@ class TrainingRun:
                 self.selection.take_from(self._checkpoint.folder)
 
     def train(
-        self, objective: Objective, held_out: Sequence[Encoded], *, label_smoothing: float = 0.0, kl: float = 0.0
+        self,
+        objective: Objective,
+        held_out: Sequence[Encoded],
+        *,
+        label_smoothing: float = 0.0,
+        kl: float = 0.0,
+        kl_reference: Scorer | None = None,
     ) -> None:
         """Take all steps that are left, evaluate, write checkpoints.
 
@@ -118,16 +126,16 @@ class TrainingRun:
             objective: What is minimised.
             held_out: Rows to evaluate on.
             label_smoothing: Of the labels of every step; evaluations are never smoothed.
-            kl: Coefficient of the mean KL(π_ref ‖ π) over scored tokens, the reference being the adapter switched off.
-                For objectives that are means over tokens.
+            kl: Coefficient of the mean KL(π_ref ‖ π) over scored tokens. For objectives that are means over tokens.
+            kl_reference: The reference. Absent: the policy with its adapter switched off.
 
         Raises:
             Interrupted: on SIGTERM, once a checkpoint is committed.
             InputError: if the loss or the gradient is no longer finite; if something is to be selected and nothing is
                 held out.
         """
-        self._label_smoothing, self._kl = label_smoothing, kl
-        if kl and (odd := [name for name in self.trainables if ".lora_" not in name]):
+        self._label_smoothing, self._kl, self._kl_reference = label_smoothing, kl, kl_reference
+        if kl and kl_reference is None and (odd := [name for name in self.trainables if ".lora_" not in name]):
             raise InputError(
                 f"kl: {odd[0]} is trained beside the adapter, so that switching the adapter off does not give the "
                 "start back; train the adapter alone, or leave kl out"
@@ -227,8 +235,6 @@ class TrainingRun:
     def _take_step(self, objective: Objective) -> None:
         started, step = time.monotonic(), self.state.step
         rows = [self.rows[index] for index in self.plan.rows(step)]
-        if isinstance(objective, LooksAhead):
-            objective.look_ahead(rows)
         means = self._accumulate(objective, rows)
         rate = self.optimizer.learning_rate
         norm = self.optimizer.step(self.ranks, self.penalties)
@@ -262,25 +268,41 @@ class TrainingRun:
         """Gradients of a step's mean loss on this rank's share, and the step's means over all ranks."""
         size = sum(objective.size(row) for row in rows) or 1.0
         lengths = [packed_length(row) for row in rows]
-        share = cut_step(lengths, budget=self.training.tokens_per_batch, ranks=self.ranks.size)[self.ranks.rank]
+        shares = cut_step(lengths, budget=self.training.tokens_per_batch, ranks=self.ranks.size)
         sums: dict[str, float] = {}
-        for number, members in enumerate(share):
+        for number, members in enumerate(shares[self.ranks.rank]):
             # Only an adapter's dropout draws from it.
             torch.manual_seed(random_key(self.plan.seed, "dropout", self.state.step, self.ranks.rank, number))
             batch = pack([rows[index] for index in members] or [dummy_of(rows[0])], self.ranks.device)
-            found = self._sums(objective, batch)
+            if number == 0 and isinstance(objective, LooksAhead):
+                batch = keeping(batch)
+                scored = self._score(batch)
+                first = [share[0] for share in shares]
+                objective.look_ahead(
+                    rows, FirstBatches(self.scorer, self.ranks, batch, first, self.training.tokens_per_batch)
+                )
+            else:
+                scored = self._score(batch)
+            found = self._sums(objective, batch, scored)
             torch.autograd.backward((found["loss"] + self._kl * found.get("kl", 0.0)) / size)
             for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
         return {name: value / size for name, value in self.ranks.sum_floats(sums).items()}
 
-    def _sums(self, objective: Objective, batch: PackedBatch) -> dict[str, torch.Tensor]:
-        """Loss and figures of a micro-batch, with `kl` beside them where it is asked for."""
-        if not self._kl:
-            smoothed = (self._label_smoothing,) if self._label_smoothing else ()
-            return objective.sums(batch, self.scorer(batch, *smoothed))
-        scores, divergences = self.scorer.with_divergence(batch, self._label_smoothing)
-        return {**objective.sums(batch, scores), "kl": (token_weights(batch) * divergences).sum()}
+    def _score(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scores of a micro-batch, with divergences beside them where `kl` asks for them."""
+        if self._kl:
+            return self.scorer.with_divergence(batch, self._label_smoothing, self._kl_reference)
+        smoothed = (self._label_smoothing,) if self._label_smoothing else ()
+        return self.scorer(batch, *smoothed), None
+
+    def _sums(
+        self, objective: Objective, batch: PackedBatch, scored: tuple[torch.Tensor, torch.Tensor | None]
+    ) -> dict[str, torch.Tensor]:
+        """Loss and figures of a scored micro-batch, with `kl` beside them where there are divergences."""
+        scores, divergences = scored
+        sums = objective.sums(batch, scores)
+        return sums if divergences is None else {**sums, "kl": (token_weights(batch) * divergences).sum()}
 
     def _evaluate(self, objective: Objective, rows: Sequence[Encoded]) -> dict[str, float]:
         """Means over held-out rows, under names that begin with `eval`; they become the latest, perhaps the best."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.packing import PackedBatch
 from plumbline_trainer.losses.likelihood import negative_log_likelihood
+
+if TYPE_CHECKING:
+    from plumbline_trainer.engine.ahead import FirstBatches
 
 
 class Objective(Protocol):
@@ -38,11 +41,12 @@ class Objective(Protocol):
 class LooksAhead(Protocol):
     """An objective that must see all rows of a step before it can say what the loss of one is."""
 
-    def look_ahead(self, rows: Sequence[Encoded]) -> None:
-        """Called on every rank alike before the first batch of a step or an evaluation, without gradients.
+    def look_ahead(self, rows: Sequence[Encoded], first: FirstBatches | None = None) -> None:
+        """Called on every rank alike before the first loss of a step or an evaluation is asked for.
 
         Args:
             rows: All rows of the step or the evaluation, on all ranks, in the plan's order.
+            first: Of a step, what has been through the model already.
         """
         ...
 

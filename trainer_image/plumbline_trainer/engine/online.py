@@ -44,6 +44,7 @@ from plumbline_trainer.storage.checkpoints import (
 from plumbline_trainer.watch.abort import AbortWatch
 from plumbline_trainer.watch.course import Course
 from plumbline_trainer.watch.figures import Rollout, held_out_figures, rollout_figures, time_shares
+from plumbline_trainer.watch.sycophancy import Probe, measure
 
 
 class OnlineRun:
@@ -61,6 +62,7 @@ class OnlineRun:
         prompts: Prompts,
         parameters: OnlineStage,
         seed: int,
+        probe: Probe | None = None,
     ) -> None:
         """Prepare; nothing is resumed yet.
 
@@ -75,7 +77,9 @@ class OnlineRun:
             prompts: To answer.
             parameters: Of the stage.
             seed: Of every random choice.
+            probe: For sycophancy, at evaluations.
         """
+        self.probe = probe
         self.context, self.ranks, self.scorer, self.reference = context, ranks, policy, reference
         self.engine, self.rewards, self.prompts, self.parameters, self.seed = engine, rewards, prompts, parameters, seed
         self.training: Training = parameters.training
@@ -304,13 +308,28 @@ class OnlineRun:
     # Held-out prompts
 
     def _evaluation_due(self, step: int) -> bool:
-        if not self.prompts.held_out or self.state.evaluated == step:
+        if not (self.prompts.held_out or self.probe is not None) or self.state.evaluated == step:
             return False
         every = self.training.evaluate_every_steps
         return step in (0, self.plan.steps) or (every is not None and step % every == 0)
 
     def _evaluate(self) -> None:
-        """Rewards of the answers to held-out prompts, always with the same random numbers."""
+        """Rewards of the answers to held-out prompts, always with the same random numbers, and the probe."""
+        figures = self._held_out() if self.prompts.held_out else {}
+        if self.probe is not None:
+            self._tell("probing for sycophancy")
+            with self.scorer.at_temperature(1.0):  # the policy as it is, not as it samples
+                figures |= measure(
+                    self.probe, self.scorer, tokens_per_batch=self.training.tokens_per_batch, ranks=self.ranks
+                )
+        figures = self.course.observe(figures)
+        self.state.latest, self.state.evaluated = figures, self.state.step
+        if self.state.step == 0:
+            self.state.start = figures
+        self._report(figures)
+        self._observe(figures)
+
+    def _held_out(self) -> dict[str, float]:
         rows = self.prompts.held_out
         self._tell("answering held-out prompts")
         samples = self.engine.sample(
@@ -321,19 +340,13 @@ class OnlineRun:
         )
         self.leave_if_stopped()
         scored = self.rewards.score(self.prompts.candidates(rows, samples), ranks=self.ranks, held_out=True)
-        figures = held_out_figures(
+        return held_out_figures(
             total=scored.total,
             gold=scored.gold,
             lengths=[len(group[0].ids) for group in samples],
             finished=[group[0].finished for group in samples],
             prompts=[row.group for row in rows],
         )
-        figures = self.course.observe({**figures, **self.prompts.probe(self.scorer, self.ranks)})
-        self.state.latest, self.state.evaluated = figures, self.state.step
-        if self.state.step == 0:
-            self.state.start = figures
-        self._report(figures)
-        self._observe(figures)
 
     # What is told
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 from plumbline_api.online import KlPenalty, OnlineStage
 
@@ -11,6 +10,7 @@ from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.online import OnlineRun
 from plumbline_trainer.engine.prompts import Prompts
+from plumbline_trainer.engine.recomputation import computes_again
 from plumbline_trainer.engine.scorer import Scorer, prepare_modes
 from plumbline_trainer.engine.trained import make_trainable, save_policy
 from plumbline_trainer.engine.values import ValueScorer
@@ -19,6 +19,8 @@ from plumbline_trainer.losses.kl import KlController
 from plumbline_trainer.models.policy import Policy, load_policy
 from plumbline_trainer.rewards.opening import open_rewards
 from plumbline_trainer.rollout.opening import open_engine
+from plumbline_trainer.watch.ending import watched
+from plumbline_trainer.watch.sycophancy import open_probe
 
 
 def make_learner(
@@ -45,9 +47,7 @@ def make_learner(
         reference.requires_grad_(False)
         reference.eval()
     model = make_trainable(policy, parameters.lora, seed, freeze=parameters.freeze)
-    scorer = Scorer(model, precision=precision)
-    prepare_modes(scorer, adapter_dropout=False, gradient_checkpointing=parameters.training.gradient_checkpointing)
-    return scorer, reference
+    return Scorer(model, precision=precision), reference
 
 
 def open_run(
@@ -62,6 +62,16 @@ def open_run(
     seed: int,
 ) -> OnlineRun:
     """The run, with rewards and the engine that samples; nothing is resumed yet."""
+    training = parameters.training
+    again = computes_again(
+        context,
+        ranks,
+        scorer,
+        training,
+        tokens=training.tokens_per_batch,
+        beside=[one for one in (reference, critic) if one is not None],
+    )
+    prepare_modes(scorer, adapter_dropout=False, gradient_checkpointing=again)
     rewards = open_rewards(
         context,
         parameters.rewards,
@@ -71,24 +81,31 @@ def open_run(
         precision=parameters.training.precision,
         tokens_per_batch=parameters.training.tokens_per_batch,
     )
-    engine = open_engine(context, policy, parameters.rollout, ranks=ranks, precision=parameters.training.precision)
-    return OnlineRun(context, ranks, scorer, reference, critic, engine, rewards, prompts, parameters, seed)
+    engine = open_engine(
+        context,
+        policy,
+        parameters.rollout,
+        lora=parameters.lora,
+        ranks=ranks,
+        precision=parameters.training.precision,
+    )
+    probe = None
+    if parameters.sycophancy is not None:
+        longest = parameters.training.max_length
+        probe = open_probe(context, parameters.sycophancy, policy.tokenizer, max_length=longest)
+    return OnlineRun(context, ranks, scorer, reference, critic, engine, rewards, prompts, parameters, seed, probe)
 
 
 def kl_controller(penalty: KlPenalty) -> KlController:
     """The weight of the KL penalty, fixed or steered to its target."""
-    horizon = None if penalty.target is None else round(penalty.horizon)
-    return KlController(penalty.coefficient, target=penalty.target, horizon=horizon)
+    return KlController(penalty.coefficient, target=penalty.target, horizon=penalty.horizon)
 
 
 def save_learner(
     context: StageContext, run: OnlineRun, policy: Policy, parameters: OnlineStage, prompts: Prompts
 ) -> StageOutput | None:
-    """Write what was learnt, on rank 0; an aborted stage says why."""
+    """Write what was learnt and what the monitors saw, on rank 0; an aborted stage says why."""
     output = save_policy(context, run, policy, parameters.lora, prompts.encoded)
-    if output is None or not run.state.ended:
-        return output
-    return replace(
-        output,
-        message=f"aborted: {run.state.ended}; the output is the weights after iteration {run.state.good_step}",
-    )
+    if output is None:
+        return None
+    return watched(output, run.course, aborted=run.state.ended or None, kept=f"after iteration {run.state.good_step}")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from plumbline_trainer.data.encode import Encoded, EncodedResponse
-from plumbline_trainer.engine.segments import Block, SegmentPlan
+from plumbline_trainer.engine.segments import Block, KeptKeys, SegmentPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +169,28 @@ def pack(rows: Sequence[Encoded], device: torch.device | str = "cpu") -> PackedB
         reads=torch.tensor(reads, dtype=torch.long, device=device),
         contexts=tuple(contexts),
     )
+
+
+def keeping(batch: PackedBatch) -> PackedBatch:
+    """The same batch; on the fast path every layer leaves its keys in `plan.keeps`."""
+    return replace(batch, plan=replace(batch.plan, keeps=KeptKeys()))
+
+
+def pack_behind(
+    rows: Sequence[Encoded], pasts: Sequence[range], keys: KeptKeys, device: torch.device | str = "cpu"
+) -> PackedBatch:
+    """Lay out rows whose beginnings have been through the model.
+
+    Args:
+        rows: What is left of each row; none is without tokens.
+        pasts: Where in the sequence whose keys were kept each row's beginning lies.
+        keys: The kept keys.
+        device: Where the model is.
+    """
+    batch = pack(rows, device)
+    blocks = [replace(block, past=past) for block, past in zip(batch.plan.blocks, pasts, strict=True)]
+    plan = SegmentPlan(tuple(blocks), behind=keys)
+    return replace(batch, plan=plan, position_ids=torch.tensor([plan.positions()], dtype=torch.long, device=device))
 
 
 def context_places(row: Encoded) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from plumbline_trainer.engine.packing import PackedBatch, pack, packed_length
 from plumbline_trainer.engine.scorer import Path, Scorer, recurrent_layers
 
 CHECK_TOKENS = 192
-"""Tokens of the compared micro-batch: enough for two rows, small beside one step."""
+"""Tokens of the compared micro-batch: small beside one step."""
 
 
 @dataclass(frozen=True)
@@ -83,18 +83,23 @@ def choose_path(
 
 
 def _sample(rows: Sequence[Encoded], budget: int, window: int | None) -> list[Encoded]:
-    """At least two rows, up to the budget; with a sliding window the longest row too, so that the window is seen."""
+    """At least two rows, up to the budget: the shortest of those in which something is scored, because the plain path
+    takes one answer at a time. With a sliding window the longest row too, so that the window is seen."""
     taken: list[Encoded] = []
     if window is not None:
         longest = max(rows, key=packed_length)
         taken = [longest] if packed_length(longest) > window else []
     room = budget
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (not _is_scored(row), packed_length(row))):
         if len(taken) >= 2 and packed_length(row) > room:
             break
         taken.append(row)
         room -= packed_length(row)
     return taken
+
+
+def _is_scored(row: Encoded) -> bool:
+    return row.score_context or any(response.reads or any(response.mask) for response in row.responses)
 
 
 def _compare(scorer: Scorer, batch: PackedBatch, trainables: Mapping[str, nn.Parameter]) -> PathChoice:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from plumbline_api.methods import PolicyStage
 from plumbline_api.training import TunedStage
+from transformers import PreTrainedModel
 
 from plumbline_trainer.context import StageContext
 from plumbline_trainer.data.encode import Encoded, EncodedRows, Method, encode_rows
 from plumbline_trainer.data.loading import load_rows
 from plumbline_trainer.engine.distributed import Ranks
+from plumbline_trainer.engine.fisher import hold_weights
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.schedule import plan_steps
 from plumbline_trainer.engine.scorer import Scorer
@@ -37,7 +41,7 @@ class PreferenceRows:
 def load_preferences(
     context: StageContext, policy: Policy, parameters: TunedStage, method: Method = "preference"
 ) -> PreferenceRows:
-    """Read and encode the stage's dataset, as pairs or with every ranked answer.
+    """Read and encode the stage's dataset: pairs, every ranked answer, or labelled answers.
 
     Rows of which an answer would be cut away are dropped, counted and named.
 
@@ -45,12 +49,18 @@ def load_preferences(
         InputError: if a row cannot be encoded, or if none is left.
     """
     dataset, longest = context.input("dataset"), parameters.training.max_length
-    encoded, held_out = (
-        encode_rows(load_rows(context, dataset, split), policy.tokenizer, method=method, max_length=longest)
-        for split in ("train", "evaluation")
-    )
-    report_rows(context, encoded, "training pairs")
+    encoded = load_training_rows(context, policy, parameters, method)
+    rows = load_rows(context, dataset, "evaluation")
+    held_out = encode_rows(rows, policy.tokenizer, method=method, max_length=longest)
     return PreferenceRows(encoded, held_out.rows)
+
+
+def load_training_rows(context: StageContext, policy: Policy, parameters: TunedStage, method: Method) -> EncodedRows:
+    """The training rows alone, as `load_preferences`; what became of them is said."""
+    rows = load_rows(context, context.input("dataset"), "train")
+    encoded = encode_rows(rows, policy.tokenizer, method=method, max_length=parameters.training.max_length)
+    report_rows(context, encoded, "training pairs" if method == "preference" else "training rows")
+    return encoded
 
 
 def open_run(
@@ -60,16 +70,31 @@ def open_run(
     parameters: TunedStage,
     rows: PreferenceRows,
     seed: int,
+    wrap: Callable[[PreTrainedModel], Scorer] | None = None,
 ) -> TrainingRun:
-    """The run over the rows, on the policy with a fresh adapter or all weights to train; nothing is resumed yet."""
+    """The run over the rows, on the policy with a fresh adapter or all weights to train; nothing is resumed yet.
+
+    Args:
+        context: Of the stage.
+        ranks: Processes that share the work.
+        policy: That the stage starts from.
+        parameters: The stage's.
+        rows: To train on.
+        seed: Of every random choice.
+        wrap: Makes the scorer around the model. Absent: one that reads the vocabulary's head.
+    """
     training = parameters.training
     model = make_trainable(policy, parameters.lora, seed, freeze=parameters.freeze)
-    scorer = Scorer(model, precision=training.precision)
+    scorer = Scorer(model, precision=training.precision) if wrap is None else wrap(model)
     plan = plan_steps(
         [row.row_id for row in rows.encoded.rows],
         seed=seed,
         global_batch=training.global_batch,
         epochs=training.epochs,
         max_steps=training.max_steps,
+        least=parameters.least_rows,
     )
-    return TrainingRun(context, ranks, scorer, plan, rows.encoded.rows, training)
+    run = TrainingRun(context, ranks, scorer, plan, rows.encoded.rows, training)
+    if isinstance(parameters, PolicyStage):
+        hold_weights(run, policy, parameters, seed, method="completion")
+    return run

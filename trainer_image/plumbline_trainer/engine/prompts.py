@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from plumbline_api.online import AbortRule, SampledStage
@@ -11,20 +11,11 @@ from plumbline_trainer.context import StageContext
 from plumbline_trainer.data.encode import Encoded, EncodedRows, encode_rows
 from plumbline_trainer.data.loading import load_rows
 from plumbline_trainer.data.rows import Row
-from plumbline_trainer.engine.distributed import Ranks
-from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.models.policy import Policy
 from plumbline_trainer.models.tokenizer import Tokenizer
 from plumbline_trainer.rewards.interface import Candidate
 from plumbline_trainer.rollout.interface import Prompt, Sampled
-
-Probe = Callable[[Scorer, Ranks], dict[str, float]]
-
-
-def no_probe(_scorer: Scorer, _ranks: Ranks) -> dict[str, float]:
-    """Nothing is probed."""
-    return {}
 
 
 @dataclass
@@ -39,8 +30,6 @@ class Prompts:
     """By row id."""
     tokenizer: Tokenizer
     abort_rules: list[AbortRule] = field(default_factory=list)
-    probe: Probe = no_probe
-    """Measures the policy at evaluations."""
 
     @property
     def train(self) -> list[Encoded]:

@@ -61,17 +61,50 @@ def find_references(
 
 def _named_references(run: TrainingRun, policy: Policy, rows: Sequence[Encoded]) -> References:
     """Under the policy of another stage, which is loaded for this pass only."""
+    reference, scorer = _load_reference(run, policy, "reference", rows)
+    return _references(run, reference, scorer, rows)
+
+
+def kl_reference(run: TrainingRun, policy: Policy) -> Scorer | None:
+    """The policy of the input `kl.reference`, which stays in memory beside the one that is trained; None without one.
+
+    Both take the same path.
+
+    Raises:
+        InputError: if it has another tokenizer or vocabulary.
+    """
+    if not any(item.role == "kl.reference" for item in run.context.run.inputs):
+        return None
+    loaded, scorer = _load_reference(run, policy, "kl.reference", [run.rows[index] for index in run.plan.rows(0)])
+    sizes = [int(model.config.get_text_config().vocab_size) for model in (policy.model, loaded.model)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"stage {run.context.run.stage}: the policy has {sizes[0]:,} tokens and the reference of kl {sizes[1]:,}; "
+            "choose a reference that was trained from the same base model"
+        )
+    if scorer.path == "plain" and run.scorer.path == "fast" and run.state.step == 0:
+        run.go_plain("the reference of kl cannot take the fast path")
+    scorer.path = run.scorer.path
+    return scorer.requires_grad_(False)
+
+
+def _load_reference(run: TrainingRun, policy: Policy, role: str, rows: Sequence[Encoded]) -> tuple[Policy, Scorer]:
+    """The policy of an input and a scorer around it, with its path chosen."""
     context, training = run.context, run.training
-    reference = load_policy(context, context.input("reference"), precision=training.precision, device=context.device)
+    item = context.input(role)
+    reference = load_policy(context, item, precision=training.precision, device=context.device)
     if reference.tokenizer.digest != policy.tokenizer.digest:
         raise InputError(
-            f'stage {context.run.stage}: the policy and the reference "{context.input("reference").name}" have '
+            f'stage {context.run.stage}: the policy and the reference "{item.name}" have '
             "different tokenizers or chat templates; choose a reference that was trained from the same base model"
         )
     scorer = Scorer(reference.model, precision=run.scorer.precision)
     scorer.eval()
-    scorer.path = choose_path(scorer, rows, {}, tokens=training.tokens_per_batch, ranks=run.ranks).path
-    return _references(run, reference, scorer, rows)
+    choice = choose_path(scorer, rows, {}, tokens=training.tokens_per_batch, ranks=run.ranks)
+    scorer.path = choice.path
+    level = context.log.info if choice.path == "fast" else context.log.warning
+    level("reference: %s path: %s", choice.path, choice.reason)
+    return reference, scorer
 
 
 def _references(run: TrainingRun, policy: Policy, scorer: Scorer, rows: Sequence[Encoded]) -> References:

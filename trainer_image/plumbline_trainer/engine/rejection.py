@@ -135,7 +135,14 @@ def _sample_and_score(
 
     started = time.monotonic()
     policy.model.eval()
-    engine = open_engine(context, policy, parameters.rollout, ranks=ranks, precision=parameters.training.precision)
+    engine = open_engine(
+        context,
+        policy,
+        parameters.rollout,
+        lora=None,  # there is no adapter yet
+        ranks=ranks,
+        precision=parameters.training.precision,
+    )
     asked = [*prompts.train, *prompts.held_out]
     samples = engine.sample(
         [prompts.to_answer(row) for row in asked],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,9 @@ from plumbline_trainer.data.loading import load_rows
 from plumbline_trainer.data.splits import Split
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.trained import row_counts
-from plumbline_trainer.engine.values import Values, ValueScorer, score_values
+from plumbline_trainer.engine.values import ValueHeads, Values, ValueScorer, score_values
 from plumbline_trainer.evaluation.rewards import HeldOutFigures, RewardedRow, measure_rewards
-from plumbline_trainer.models.loading import torch_dtype
+from plumbline_trainer.models.loading import place_weights, torch_dtype
 from plumbline_trainer.models.policy import Policy
 from plumbline_trainer.models.reward import KIND, RewardConfig, save_reward_model
 
@@ -50,6 +51,30 @@ def round_as_stored(policy: Policy, lora: Lora | None) -> None:
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.copy_(parameter.to(torch_dtype(policy.storage_dtype)))
+
+
+def value_scorer(run: TrainingRun) -> ValueScorer:
+    """The run's scorer, which reads scalar heads."""
+    assert isinstance(run.scorer, ValueScorer)
+    return run.scorer
+
+
+def as_read_back(run: TrainingRun, policy: Policy, lora: Lora | None) -> ValueScorer:
+    """The scorer that a reader of the stored model gets, at the stage's precision.
+
+    Fully trained weights are float32 while they are trained; a reader holds them in the type that it computes in.
+    """
+    scorer = value_scorer(run)
+    if lora is not None or scorer.precision == "float32":
+        return scorer
+    for parameter in run.trainables.values():
+        parameter.grad = None  # makes room for the copy
+    model = copy.deepcopy(policy.model)
+    place_weights(model, scorer.precision, policy.model.device)
+    found = ValueScorer(model, ValueHeads(scorer.heads.weight.detach()), precision=scorer.precision, path=scorer.path)
+    found.requires_grad_(False)
+    found.eval()
+    return found
 
 
 def reward_config(run: TrainingRun, scorer: ValueScorer, parameters: RewardModel) -> RewardConfig:
@@ -96,7 +121,6 @@ def measure_held_out(
 def save_reward(
     context: StageContext,
     run: TrainingRun,
-    scorer: ValueScorer,
     policy: Policy,
     config: RewardConfig,
     encoded: EncodedRows,
@@ -106,7 +130,7 @@ def save_reward(
     if not run.ranks.is_main:
         return None
     folder = context.scratch / "output"
-    meta = save_reward_model(folder, scorer, policy, config)
+    meta = save_reward_model(folder, value_scorer(run), policy, config)
     metrics = {} if measured is None else measured[1].metrics()
     metrics |= {
         "rewardMean": sum(config.mean) / config.heads,

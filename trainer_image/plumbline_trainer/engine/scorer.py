@@ -19,7 +19,14 @@ from plumbline_trainer.engine.attention import (
     plain_implementation,
     register,
 )
-from plumbline_trainer.engine.logprobs import Head, head_of, token_divergences, token_entropies, token_log_probabilities
+from plumbline_trainer.engine.logprobs import (
+    Head,
+    head_of,
+    log_probabilities,
+    token_divergences,
+    token_entropies,
+    token_log_probabilities,
+)
 from plumbline_trainer.engine.lowrank import in_one_piece, use_one_piece, use_separate_pieces
 from plumbline_trainer.engine.optimizer import named_trainables
 from plumbline_trainer.engine.packing import PackedBatch
@@ -79,28 +86,45 @@ class Scorer(nn.Module):
             parts = [_smoothed(scores, ids, smoothing) for scores, ids in self._plain(batch)]
         return torch.cat(parts) if parts else torch.zeros(0, device=batch.input_ids.device)
 
-    def with_divergence(self, batch: PackedBatch, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    def with_divergence(
+        self, batch: PackedBatch, smoothing: float = 0.0, reference: Scorer | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The scores, and KL(π_ref ‖ π) over the vocabulary at every scored token, [N] float32 each.
 
-        The reference is the model with its adapter switched off, which takes one more forward pass.
+        It takes one more forward pass, of the reference: the same model with its adapter switched off where no other
+        one is given.
         """
+        other = self if reference is None else reference
         with self._autocast():
             if self.path == "fast":
                 head = self._head()
                 hidden = self._hidden(batch, batch.sources)
-                with torch.no_grad(), adapters_disabled(self.model):
-                    reference = self._hidden(batch, batch.sources)
+                with torch.no_grad(), self._as_reference(reference):
+                    wanted = other._hidden(batch, batch.sources)
                 scores = token_log_probabilities(hidden, batch.targets, head, smoothing)
-                return scores, token_divergences(hidden, reference, head)
-            with torch.no_grad(), adapters_disabled(self.model):
-                wanted = [logs for logs, _ in self._plain(batch)]
-            pairs = list(zip(self._plain(batch), wanted, strict=True))
+                return scores, token_divergences(hidden, wanted, head, None if reference is None else other._head())
+            with torch.no_grad(), self._as_reference(reference):
+                wanted_logs = [logs for logs, _ in other._plain(batch)]
+            pairs = list(zip(self._plain(batch), wanted_logs, strict=True))
         if not pairs:
             return torch.zeros(0, device=batch.input_ids.device), torch.zeros(0, device=batch.input_ids.device)
         return (
             torch.cat([_smoothed(logs, ids, smoothing) for (logs, ids), _ in pairs]),
             torch.cat([(other.exp() * (other - logs)).sum(dim=1) for (logs, _), other in pairs]),
         )
+
+    def _as_reference(self, reference: Scorer | None) -> AbstractContextManager[object]:
+        """While the reference computes: another model needs nothing, this one its adapter switched off."""
+        return adapters_disabled(self.model) if reference is None else nullcontext()
+
+    @contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """While this is open, logits are divided by another temperature."""
+        before, self.temperature = self.temperature, temperature
+        try:
+            yield
+        finally:
+            self.temperature = before
 
     def with_entropy(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """The scores, and the entropy over the vocabulary at every scored token, [N] float32 each."""
@@ -150,7 +174,7 @@ class Scorer(nn.Module):
                 logits = model(input_ids=ids, use_cache=False).logits[0]
             own = [offset + len(prompt) for offset in answer.offsets]
             places = torch.tensor([*own, *context], device=ids.device)
-            logs, targets = torch.log_softmax(logits[places - 1].float() / self.temperature, dim=-1), ids[0, places]
+            logs, targets = log_probabilities(logits[places - 1].float() / self.temperature), ids[0, places]
             if own:
                 yield logs[: len(own)], targets[: len(own)]
             if context:
@@ -161,8 +185,9 @@ class Scorer(nn.Module):
     def _arranged(self, implementation: str, *, one_piece: bool) -> Iterator[None]:
         """Choose attention and adapter arithmetic for one forward pass."""
         model = self.model
-        if model.is_activation_checkpointing and torch.is_grad_enabled():
-            # Layers run again in the backward pass, after this context: the choice has to stay.
+        if model.is_activation_checkpointing:
+            # Layers run again in the backward pass, after this context: the choice has to stay, also while something
+            # is scored between the two.
             choose_attention(model, implementation)
             (use_one_piece if one_piece else use_separate_pieces)(model)
             yield
@@ -209,7 +234,7 @@ def prepare_modes(scorer: Scorer, *, adapter_dropout: bool, gradient_checkpointi
     if gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise InputError(
-                f"training.gradientCheckpointing: {type(model).__name__} cannot recompute activations; set it to false "
+                f"training.gradientCheckpointing: {type(model).__name__} cannot recompute activations; leave it out "
                 "and lower training.tokensPerBatch instead"
             )
         model.activation_checkpointing_enable({"use_reentrant": False})

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,11 +16,14 @@ class Segment:
 
     queries: range
     context: range
+    past: int = 0
+    """Tokens before the context that another pass has computed."""
 
     @property
     def positions(self) -> range:
         """Position of each token in the sequence it belongs to."""
-        return range(len(self.context), len(self.context) + len(self.queries))
+        start = self.past + len(self.context)
+        return range(start, start + len(self.queries))
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,8 @@ class Block:
     start: int
     prompt: int
     responses: tuple[int, ...]
+    past: range = range(0)
+    """Where, in a packed sequence whose keys were kept, the tokens lie that stand before the block and that it sees."""
 
     @property
     def length(self) -> int:
@@ -38,18 +43,53 @@ class Block:
 
     @property
     def is_causal(self) -> bool:
-        """Whether every token sees all tokens before it in the block."""
-        return sum(1 for length in self.responses if length) <= 1
+        """Whether every token sees all tokens before it in the block, and nothing else."""
+        return sum(1 for length in self.responses if length) <= 1 and not self.past
 
     @property
     def segments(self) -> Iterator[Segment]:
         """The prompt, then the responses."""
         prompt = range(self.start, self.start + self.prompt)
-        yield Segment(queries=prompt, context=range(self.start, self.start))
+        yield Segment(queries=prompt, context=range(self.start, self.start), past=len(self.past))
         at = prompt.stop
         for length in self.responses:
-            yield Segment(queries=range(at, at + length), context=prompt)
+            yield Segment(queries=range(at, at + length), context=prompt, past=len(self.past))
             at += length
+
+
+class KeptKeys:
+    """Keys and values of a packed sequence, layer by layer, for tokens of a later pass that stand behind some of it.
+
+    They carry no gradient, and are those that the backward pass of attention holds anyway.
+    """
+
+    def __init__(self) -> None:
+        self._layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._open, self._twice = True, False
+
+    @property
+    def usable(self) -> bool:
+        """Whether every layer that attends has left its keys, once."""
+        return bool(self._layers) and not self._twice
+
+    def keep(self, layer: nn.Module, key: Tensor, value: Tensor) -> None:
+        """Keep what a layer attends over, [1, key heads, T, d] each, unless the pass is over."""
+        if self._open:
+            self._twice |= layer in self._layers
+            self._layers[layer] = key.detach(), value.detach()
+
+    def close(self) -> None:
+        """The pass is over: layers that run again in the backward pass leave nothing."""
+        self._open = False
+
+    def of(self, layer: nn.Module, place: range) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer at some places."""
+        key, value = self._layers[layer]
+        return key[:, :, place.start : place.stop], value[:, :, place.start : place.stop]
+
+    def forget(self) -> None:
+        """Let go of everything."""
+        self._layers.clear()
 
 
 @dataclass(frozen=True)
@@ -60,6 +100,10 @@ class SegmentPlan:
     """
 
     blocks: tuple[Block, ...]
+    keeps: KeptKeys | None = field(default=None, compare=False)
+    """Where every layer leaves its keys."""
+    behind: KeptKeys | None = field(default=None, compare=False)
+    """Keys of what stands before the blocks that have a past."""
     _masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
@@ -77,7 +121,7 @@ class SegmentPlan:
         return [position for block in self.blocks for segment in block.segments for position in segment.positions]
 
     def mask(self, block: Block, *, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Additive mask of a block, [length, length]: 0 where the row may see the column, else −inf.
+        """Additive mask of a block, [length, past + length]: 0 where the row may see the column, else −inf.
 
         Args:
             block: Block of this plan.
@@ -85,7 +129,7 @@ class SegmentPlan:
             dtype: Floating-point type of the attention scores.
             device: Device of the attention scores.
         """
-        key = (block.prompt, block.responses, window, dtype, device)
+        key = (len(block.past), block.prompt, block.responses, window, dtype, device)
         found = self._masks.get(key)
         if found is None:
             found = self._masks[key] = visibility_mask(block, window).to(device=device, dtype=dtype)
@@ -93,14 +137,18 @@ class SegmentPlan:
 
 
 def visibility_mask(block: Block, window: int | None = None) -> Tensor:
-    """Additive float32 mask of one block on the CPU, [length, length]."""
+    """Additive float32 mask of one block on the CPU, [length, past + length]."""
+    past = len(block.past)
     owner = torch.repeat_interleave(
         torch.arange(len(block.responses) + 1), torch.tensor([block.prompt, *block.responses])
     )  # 0 for prompt tokens, j + 1 for tokens of response j
     segments = list(block.segments)
     position = torch.tensor([p for segment in segments for p in segment.positions], dtype=torch.long)
-    distance = position[:, None] - position[None, :]
-    visible = (distance >= 0) & ((owner[None, :] == owner[:, None]) | (owner[None, :] == 0))
+    # What is past stands before the prompt and is seen like it.
+    columns = torch.cat([torch.arange(past), position])
+    owners = torch.cat([torch.zeros(past, dtype=owner.dtype), owner])
+    distance = position[:, None] - columns[None, :]
+    visible = (distance >= 0) & ((owners[None, :] == owner[:, None]) | (owners[None, :] == 0))
     if window is not None:
         visible &= distance < window
     return torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Protocol, TypeVar
 
+from plumbline_api.record import own_parameters
 from plumbline_api.training import Freeze, Lora, Training, TunedStage
 from transformers import PreTrainedModel
 
@@ -16,27 +17,35 @@ from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.range_test import smoothed, suggest
 from plumbline_trainer.models.adapters import adapter_of, attach_lora, save_adapter
 from plumbline_trainer.models.merging import LOST_PART_WARNING, stored_weights, weights_digest
-from plumbline_trainer.models.policy import Policy, digest_with, lost_part_advice, policy_meta
+from plumbline_trainer.models.policy import Policy, digest_with, load_policy, lost_part_advice, policy_meta
 from plumbline_trainer.models.quantization import quantize
 from plumbline_trainer.models.saving import save_full
 from plumbline_trainer.models.selection import module_names, select
 from plumbline_trainer.report.curves import draw_range_test, standalone
 
 Parameters = TypeVar("Parameters", bound=TunedStage)
-BESIDE_PARAMETERS = ("seed", "abortWhen")
-"""What a record holds among a stage's parameters that is no field of its type."""
 
 
 def stage_parameters(context: StageContext, model: type[Parameters]) -> tuple[Parameters, int]:
     """The stage's parameters and its seed."""
     given = context.run.parameters
-    parameters = model.model_validate({name: value for name, value in given.items() if name not in BESIDE_PARAMETERS})
-    return parameters, int(given.get("seed", 0))
+    return model.model_validate(own_parameters(given)), int(given.get("seed", 0))
 
 
 def weights_precision(parameters: TunedStage) -> str:
     """Type of the weights in memory: frozen ones in the stage's precision, trained ones float32."""
     return parameters.training.precision if parameters.lora is not None else "float32"
+
+
+def load_start(context: StageContext, parameters: TunedStage) -> Policy:
+    """The policy that the stage starts from, on its device; what will be held in four bits waits on the CPU."""
+    quantized = parameters.lora is not None and parameters.lora.quantization is not None
+    return load_policy(
+        context,
+        context.input("model"),
+        precision=weights_precision(parameters),
+        device="cpu" if quantized else context.device,
+    )
 
 
 def make_trainable(policy: Policy, lora: Lora | None, seed: int, *, freeze: Freeze | None) -> PreTrainedModel:

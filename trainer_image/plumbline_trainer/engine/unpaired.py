@@ -10,6 +10,7 @@ from plumbline_api.methods import Kto
 from torch import Tensor
 
 from plumbline_trainer.data.encode import Encoded, EncodedResponse
+from plumbline_trainer.engine.ahead import FirstBatches
 from plumbline_trainer.engine.packing import PackedBatch
 from plumbline_trainer.engine.references import References
 from plumbline_trainer.engine.scoring import Scores
@@ -20,7 +21,8 @@ from plumbline_trainer.losses.preference import log_ratio
 class DesirableAnswers:
     """KTO: mean over the answers of a step, by the weight of their rows.
 
-    The reference point comes from one pass without gradient over the whole step, on all ranks, before any backward.
+    The reference point comes from passes without gradient over the whole step, on all ranks, before any backward. Rows
+    of the first micro-batches lend their prompts to the mismatched answers, which cost their own tokens only.
     """
 
     def __init__(
@@ -44,10 +46,10 @@ class DesirableAnswers:
         """Every answer counts by its row's weight."""
         return row.weight * len(row.responses)
 
-    def look_ahead(self, rows: Sequence[Encoded]) -> None:
+    def look_ahead(self, rows: Sequence[Encoded], first: FirstBatches | None = None) -> None:
         """Take the reference point z from the mismatched rows of the step."""
         others = mismatched_rows(rows, self.parameters.training.max_length)
-        policy = torch.stack([tokens.sum() for row in self.score(others) for tokens in row])
+        policy = torch.cat(self._totals(others, first))
         weights = torch.tensor([row.weight for row in others for _ in row.responses])
         self.point = reference_point(log_ratio(policy, self.references.of(others)), weights)
         size = sum(self.size(row) for row in rows) or 1.0
@@ -56,6 +58,16 @@ class DesirableAnswers:
             for name in ("desirable", "undesirable")
             if (share := sum(row.weight for row in rows for item in row.responses if item.role == name) / size) > 0
         }
+
+    def _totals(self, others: Sequence[Encoded], first: FirstBatches | None) -> list[Tensor]:
+        """The policy's log-probability of every answer of the mismatched rows, [rows] → [answers]."""
+        lent = [] if first is None else first.rows
+        known = dict(zip(lent, first.totals(others), strict=True)) if first is not None and lent else {}
+        left = [index for index in range(len(others)) if index not in known]
+        if left:
+            for index, answers in zip(left, self.score([others[index] for index in left]), strict=True):
+                known[index] = torch.stack([tokens.sum() for tokens in answers])
+        return [known[index] for index in range(len(others))]
 
     def sums(self, batch: PackedBatch, scores: Tensor) -> dict[str, Tensor]:
         """The loss and figures.

@@ -73,6 +73,8 @@ class Measured:
     tokenizer_digest: str
     path: str = ""
     """How likelihoods were computed: `fast` or `plain`."""
+    path_reason: str = ""
+    """Why so."""
     likelihoods: dict[int, dict[str, list[Likelihood]]] = field(default_factory=dict)
     """Suite index → row id → one per response, in the order of the row's roles (answer; or chosen, rejected)."""
     answers: dict[int, dict[str, Spoken]] = field(default_factory=dict)
@@ -148,8 +150,9 @@ def measure(
         scorer = Scorer(policy.model, precision=precision)
         scorer.eval()
         first = next(iter(scored.values())).rows
-        scorer.path = choose_path(scorer, first, {}, tokens=tokens_per_batch, ranks=ranks).path
-        measured.path = scorer.path
+        choice = choose_path(scorer, first, {}, tokens=tokens_per_batch, ranks=ranks)
+        scorer.path = measured.path = choice.path
+        measured.path_reason = choice.reason
     for index, encoded in scored.items():
         size = _scored_tokens(encoded.rows)
         measured.likelihoods[index] = _score(

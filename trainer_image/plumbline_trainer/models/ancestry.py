@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from plumbline_trainer.context import StageContext
 
 TRAINING_ROLES = frozenset(
-    {"model", "models", "base", "dataset", "reference", "rehearsal", "ewc", "prompts", "rewards", "critic"}
+    {"model", "models", "base", "dataset", "reference", "rehearsal", "ewc", "kl", "prompts", "rewards", "critic"}
 )
 """First parts of the roles of inputs that shape weights; what an evaluation reads shapes none."""
 

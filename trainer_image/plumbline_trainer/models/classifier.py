@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ class Classifier:
         for config in (self.model.config, self.model.config.get_text_config()):
             config.pad_token_id = pad
         inputs = {"input_ids": ids, "attention_mask": mask}
-        if types is not None:
+        if types is not None and "token_type_ids" in inspect.signature(self.model.forward).parameters:
             kinds = [[*kind[:width], *[0] * (width - len(kind))] for kind in types]
             inputs["token_type_ids"] = torch.tensor(kinds, device=device)
         enabled = self.precision == "bfloat16"

@@ -4,14 +4,19 @@ One delta at a time, in order of training: W' = round(W₆₄ + s·Σₖ bₖ⊗
 in which the weights are stored. The sum over the rank is taken term by term with separate multiplications and
 additions, never by a matrix product of a BLAS: those sum in an order that depends on processor and thread count, and
 one weight in a hundred million would then round differently from one machine to the next. DoRA's row lengths are sums
-of squares taken by halves, for the same reason.
+of squares taken by halves, for the same reason. Products of two float32 factors are exact in float64, so that a fused
+multiply-add gives the same bits as two steps.
+
+Weights are merged several at a time, each by one thread: what is too small for torch to split needs no thread to wake.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -20,8 +25,11 @@ from torch import Tensor
 
 START_PREFIX = "start_"
 """Buffers with this prefix hold what a module that is trained whole started from."""
-_CHUNK = 1 << 17
-"""Elements per block: large enough to hide the cost of a call, small enough to stay in the cache."""
+_CHUNK = (1 << 15) - 1
+"""Elements per block: large enough to hide the cost of a call, small enough to stay in the cache, and just below what
+torch splits among threads."""
+_AT_ONCE = 8
+"""Most weights that are merged at a time: each takes its memory twice until it is put in its place."""
 LOST_PART_WARNING = 0.3
 """Share of a delta that may be lost by rounding before people are warned."""
 
@@ -53,11 +61,18 @@ class LostPart:
 
     def add(self, before: Tensor, change: Tensor, after: Tensor) -> None:
         """Count weights that were to change by `change` (float64) and became `after`."""
-        kept = after.double() - before
-        self.lost_squared += float((change - kept).square().sum())
+        kept = after.double().sub_(before)
+        self.unchanged += kept.numel() - int(torch.count_nonzero(kept))
+        self.weights += kept.numel()
         self.delta_squared += float(change.square().sum())
-        self.unchanged += int((kept == 0).sum())
-        self.weights += before.numel()
+        self.lost_squared += float(kept.sub_(change).square_().sum())
+
+    def include(self, other: LostPart) -> None:
+        """Count what was counted elsewhere."""
+        self.lost_squared += other.lost_squared
+        self.delta_squared += other.delta_squared
+        self.unchanged += other.unchanged
+        self.weights += other.weights
 
     @property
     def ratio(self) -> float:
@@ -134,10 +149,8 @@ def merge_delta(weight: Tensor, delta: Delta, dtype: torch.dtype, lost: LostPart
         part = slice(start, min(start + step, rows))
         before = weight[part].detach().double()
         change = torch.zeros_like(before)
-        term = torch.empty_like(before)
         for k in range(a64.shape[0]):
-            torch.mul(b64[part, k, None], a64[k], out=term)
-            change.add_(term)
+            change.addcmul_(b64[part, k, None], a64[k])
         change.mul_(delta.scale)
         exact = before + change
         if m64 is not None:
@@ -151,24 +164,30 @@ def merge_delta(weight: Tensor, delta: Delta, dtype: torch.dtype, lost: LostPart
 
 
 def _check_finite(weights: Tensor) -> None:
-    if not bool(torch.isfinite(weights).all()):
+    # NaN and infinity show in the sum, which is a quarter of the work; a sum that overflows is looked at again.
+    if not math.isfinite(float(weights.sum())) and not bool(torch.isfinite(weights).all()):
         raise InputError("merging gives weights that are not finite: training diverged. Lower the learning rate")
 
 
 @torch.no_grad()
 def merge_into(model: torch.nn.Module, adapter: Adapter, dtype: torch.dtype) -> LostPart:
-    """Add an adapter to a model in place, one weight at a time. The model is on the CPU in its storage type.
+    """Add an adapter to a model in place, a few weights at a time. The model is on the CPU in its storage type.
 
     Raises:
         InputError: if the adapter names modules that the model does not have.
     """
     modules = dict(model.named_modules())
     lost = LostPart()
+    changes: dict[int, tuple[Tensor, list[Delta]]] = {}
     for name, delta in sorted(adapter.deltas.items()):
         weight = getattr(modules.get(name), "weight", None)
         if weight is None:
             raise InputError(f'the adapter changes "{name}", which the model does not have: it was trained on another')
-        weight.data = merge_delta(weight.data, delta, dtype, lost)
+        changes.setdefault(id(weight), (weight, []))[1].append(delta)  # Modules may share a weight.
+    jobs = (_merging(weight.data, deltas, dtype) for weight, deltas in changes.values())
+    for (weight, _), (merged, own) in zip(changes.values(), _at_once(jobs), strict=True):
+        weight.data = merged
+        lost.include(own)
     seen: set[int] = set()
     for name, trained in sorted(adapter.saved.items()):
         owner, _, part = name.rpartition(".")
@@ -215,20 +234,70 @@ def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
 
 
 @torch.no_grad()
-def merged_digest(model: torch.nn.Module, adapter: Adapter, dtype: torch.dtype) -> tuple[str, LostPart]:
-    """What `weights_digest` would say after `merge_into`, without changing the model. One merged weight at a time."""
-    digest, lost, starts = hashlib.sha256(), LostPart(), starts_of(model)
-    for name, weight in sorted(stored_weights(model).items()):
+def merged_weights(
+    model: torch.nn.Module, adapter: Adapter, dtype: torch.dtype, lost: LostPart | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights that `merge_into` would leave, by name in order, on the CPU and a few at a time; no weight changes.
+
+    Args:
+        model: with the adapter attached.
+        adapter: what is attached (`adapters.adapter_of`).
+        dtype: storage type.
+        lost: takes the part of the deltas that rounding took away, if given.
+    """
+    starts, counted = starts_of(model), LostPart() if lost is None else lost
+    weights = sorted(stored_weights(model).items())
+
+    def job(name: str, weight: Tensor) -> Callable[[], tuple[Tensor, LostPart]]:
         delta = adapter.deltas.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        cpu = weight.detach().cpu()
+        cpu, before = weight.detach().cpu(), starts.get(name)
         if delta is not None:
-            merged = merge_delta(cpu, delta, dtype, lost)
-        elif (before := starts.get(name)) is not None:
-            merged = _rounded_whole(before, cpu, dtype, lost)
-        else:
-            merged = cpu.to(dtype)
+            return _merging(cpu, [delta], dtype)
+        part = LostPart()
+        if before is not None:
+            return lambda: (_rounded_whole(before, cpu, dtype, part), part)
+        return lambda: (cpu.to(dtype), part)
+
+    for (name, _), (merged, part) in zip(weights, _at_once(job(*item) for item in weights), strict=True):
+        counted.include(part)
+        yield name, merged
+
+
+def merged_digest(model: torch.nn.Module, adapter: Adapter, dtype: torch.dtype) -> tuple[str, LostPart]:
+    """What `weights_digest` would say after `merge_into`, without changing the model; a few weights at a time."""
+    digest, lost = hashlib.sha256(), LostPart()
+    for name, merged in merged_weights(model, adapter, dtype, lost):
         _add_weight(digest, name, merged)
     return digest.hexdigest(), lost
+
+
+def _merging(weight: Tensor, deltas: Iterable[Delta], dtype: torch.dtype) -> Callable[[], tuple[Tensor, LostPart]]:
+    """A job that merges into one weight; what it loses is counted by itself, so that threads do not matter."""
+
+    def work() -> tuple[Tensor, LostPart]:
+        part, merged = LostPart(), weight
+        for delta in deltas:
+            merged = merge_delta(merged, delta, dtype, part)
+        return merged, part
+
+    return work
+
+
+def _at_once(jobs: Iterable[Callable[[], tuple[Tensor, LostPart]]]) -> Iterator[tuple[Tensor, LostPart]]:
+    """Results in order, with as many jobs under way as torch has threads, and no more results waiting than that."""
+    threads = min(torch.get_num_threads(), _AT_ONCE)
+    waiting: deque[Future[tuple[Tensor, LostPart]]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="merging") as pool:
+        try:
+            for job in jobs:
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+                waiting.append(pool.submit(job))
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def starts_of(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from plumbline_api.stagerun import StageInput
 
 from plumbline_trainer.data.sources import fetch_model
 from plumbline_trainer.models.adapters import ADAPTER_CONFIG, read_adapter
-from plumbline_trainer.models.loading import load_base, storage_dtype_of, torch_dtype
+from plumbline_trainer.models.loading import load_base, place_weights, storage_dtype_of, torch_dtype
 from plumbline_trainer.models.merging import (
     LOST_PART_WARNING,
     Adapter,
@@ -136,7 +136,7 @@ def load_policy(
     if chain.links:
         _verify(chain.links[-1], digest)
     precision = dtype if precision == "chain" else precision
-    model.to(device=device, dtype=torch_dtype(precision))
+    place_weights(model, precision, device)
     return Policy(
         model=model,
         tokenizer=tokenizer,

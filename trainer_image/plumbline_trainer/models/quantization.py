@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from plumbline_api.errors import InputError
@@ -65,7 +66,9 @@ def layers_to_quantize(model: Any, lora: Lora, freeze: Freeze | None) -> list[st
 
 
 def quantize(policy: Policy, lora: Lora, freeze: Freeze | None) -> None:
-    """Replace the linear layers of a policy by 4-bit ones, in place, where `lora` asks for it.
+    """Replace the linear layers of a policy by 4-bit ones, in place, where `lora` asks for it, and move it to CUDA.
+
+    Where the policy lies in the machine's memory, the accelerator never holds more than one layer unquantised.
 
     Raises:
         InputError: if the package or the device is missing, or the model has no layers of the right kind.
@@ -73,34 +76,50 @@ def quantize(policy: Policy, lora: Lora, freeze: Freeze | None) -> None:
     if lora.quantization is None:
         return
     import torch
-    from torch import nn
 
     assert lora.quantization == "nf4"
     field = "lora.quantization"
     refuse_without_package(field)
-    device = policy.model.device
-    refuse_without_device(field, cuda=device.type == "cuda" and torch.cuda.is_available())
-    bitsandbytes: Any = importlib.import_module(PACKAGE)
+    refuse_without_device(field, cuda=torch.cuda.is_available())
     model: Any = policy.model
     linear = layers_to_quantize(model, lora, freeze)
     if not linear:
         raise InputError(f"{field}: the model has no plain linear layers to quantise; leave quantization out")
-    for name in linear:
+    replace_linear(model, linear, policy.precision)
+    device = model.device if model.device.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
+    model.to(device)
+    policy.quantization = lora.quantization
+
+
+def replace_linear(model: Any, names: Sequence[str], precision: str) -> None:
+    """Put 4-bit layers in the place of linear ones, in place. They are quantised when the model is moved to a device.
+
+    Args:
+        model: That holds them.
+        names: Of the layers.
+        precision: Type in which they compute.
+    """
+    from torch import nn
+
+    bitsandbytes: Any = importlib.import_module(PACKAGE)
+    for name in names:
         old = model.get_submodule(name)
+        # Nothing is allocated or drawn at random for weights that are replaced at once.
         new = bitsandbytes.nn.Linear4bit(
             old.in_features,
             old.out_features,
             bias=old.bias is not None,
-            compute_dtype=torch_dtype(policy.precision),
+            compute_dtype=torch_dtype(precision),
             compress_statistics=True,
             quant_type="nf4",
+            device="meta",
         )
-        # Quantised when it is moved to the device.
+        # Older releases quantise only what comes from the machine's memory.
         new.weight = bitsandbytes.nn.Params4bit(
             old.weight.data.cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4", module=new
         )
         if old.bias is not None:
             new.bias = nn.Parameter(old.bias.data, requires_grad=False)
+        new.train(old.training)
         owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner) if owner else model, last, new.to(device))
-    policy.quantization = lora.quantization
+        setattr(model.get_submodule(owner) if owner else model, last, new)

@@ -24,7 +24,7 @@ from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.pathcheck import choose_path
 from plumbline_trainer.engine.values import ValueHeads, ValueScorer, score_values
 from plumbline_trainer.models.adapters import ADAPTER_WEIGHTS, attach_lora, load_adapter_state, save_adapter
-from plumbline_trainer.models.loading import load_base, torch_dtype
+from plumbline_trainer.models.loading import load_base, place_weights
 from plumbline_trainer.models.policy import Policy, load_policy, policy_meta
 from plumbline_trainer.models.quantization import quantize
 from plumbline_trainer.models.saving import save_full
@@ -152,7 +152,7 @@ def load_reward_model(
     config, weight = _read(fetched.folder, item.name)
     if config.lora is None:
         model, tokenizer = load_base(fetched.folder, str(fetched.manifest.meta["storageDtype"]))
-        model.to(device=device, dtype=torch_dtype(precision))
+        place_weights(model, precision, device)
     else:
         parent = fetched.manifest.parent("model")
         if parent is None:
@@ -161,7 +161,8 @@ def load_reward_model(
             policy = replace(beside, model=shared_backbone(beside))
         else:
             beside = None
-            policy = load_policy(context, parent.to_input(), precision=precision, device=device)
+            quantized = config.lora.quantization is not None
+            policy = load_policy(context, parent.to_input(), precision=precision, device="cpu" if quantized else device)
         if policy.lineage.merged_digest != fetched.manifest.meta.get("startDigest"):
             raise InputError(
                 f'the policy under the reward model "{item.name}" has changed since it was trained. Retry that stage',

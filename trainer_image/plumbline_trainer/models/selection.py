@@ -26,6 +26,8 @@ class ModuleNames:
     """Embeddings and head, where they are one weight."""
     head: tuple[str, ...] = ()
     """The output head, where it is a weight of its own."""
+    sizes: tuple[int, ...] = ()
+    """Weights of each of `weighted`."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,18 @@ class Selection:
     """Modules that are trained whole beside the adapter."""
     frozen: tuple[str, ...]
     """Modules that stay as they are with everything in them."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How much of a model learns."""
+
+    whole: int
+    """Weights that are trained themselves."""
+    adapted: float
+    """Share of the layers named for an adapter that have one, the others being frozen."""
+    blocks: int
+    """Blocks from the lowest in which something learns to the top: those below keep nothing for the backward pass."""
 
 
 def module_names(model: Any) -> ModuleNames:
@@ -51,13 +65,15 @@ def module_names(model: Any) -> ModuleNames:
     tied = head is not None and embeddings is not None and getattr(head, "weight", None) is embeddings.weight
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     stacks = [module for _, module in modules if isinstance(module, nn.ModuleList) and len(module) == count]
+    weighted = [(name, module) for name, module in modules if next(module.parameters(recurse=False), None) is not None]
     return ModuleNames(
         linear=tuple(name for name, module in modules if isinstance(module, nn.Linear | Conv1D) and module is not head),
-        weighted=tuple(name for name, module in modules if next(module.parameters(recurse=False), None) is not None),
+        weighted=tuple(name for name, _ in weighted),
         inner=tuple(name for name, module in modules if next(module.children(), None) is not None),
         blocks=tuple(named[id(block)] for block in stacks[0]) if stacks else (),
         tied=tuple(sorted(named[id(module)] for module in (embeddings, head))) if tied else (),
         head=(named[id(head)],) if head is not None and not tied else (),
+        sizes=tuple(sum(weight.numel() for weight in module.parameters(recurse=False)) for _, module in weighted),
     )
 
 
@@ -80,6 +96,40 @@ def select(names: ModuleNames, lora: Lora | None, freeze: Freeze | None) -> Sele
             "freeze: every layer that lora would adapt is frozen. Name fewer layers or modules, or other lora.targets"
         )
     return Selection(left, saved, frozen)
+
+
+def trained_parts(names: ModuleNames, lora: Lora | None, freeze: Freeze | None) -> Trained:
+    """How much of a model a stage trains.
+
+    Raises:
+        InputError: as `select`.
+    """
+    chosen = select(names, lora, freeze)
+    if lora is None:
+        whole = {name for name in names.weighted if not _is_within(name, chosen.frozen)}
+    else:
+        whole = set(chosen.saved)
+    counted = whole - set(names.tied[1:])
+    asked = 1 if lora is None else len(_adapted(names, lora.targets, chosen.saved))
+    return Trained(
+        whole=sum(size for name, size in zip(names.weighted, names.sizes, strict=True) if name in counted),
+        adapted=0.0 if lora is None else len(chosen.adapted) / asked,
+        blocks=_blocks_above(names, whole | set(chosen.adapted)),
+    )
+
+
+def _blocks_above(names: ModuleNames, learning: set[str]) -> int:
+    """Blocks from the lowest in which one of some modules lies to the top; all of them where it lies before them."""
+    above, seen = len(names.blocks), False
+    for name in names.weighted:  # in the order of the forward pass: embeddings, blocks, the last norm, the head
+        inside = next((number for number, block in enumerate(names.blocks) if _is_within(name, (block,))), None)
+        if inside is not None:
+            above, seen = len(names.blocks) - inside, True
+        elif seen:
+            above = 0
+        if name in learning:
+            return above
+    return 0
 
 
 def refuse_unread_head(names: ModuleNames, lora: Lora | None) -> None:

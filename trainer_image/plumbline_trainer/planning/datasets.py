@@ -57,6 +57,8 @@ class SplitFindings:
     """Tokens of the prompt, then of each answer, of the rows at 0 %, 1 %, … 100 % by their sum."""
     unscored: str = ""
     """Where the first row with an answer that has no score was read; empty where there is none."""
+    is_text: bool = False
+    """Whether rows are raw text, which goes on in the next sequence where it is longer than one."""
 
     @property
     def labels(self) -> LabelCounts:
@@ -67,11 +69,20 @@ class SplitFindings:
         """Tokens that so many percent of rows do not exceed."""
         return self.quantiles[share] if self.quantiles else 0
 
+    def sequences(self, max_length: int) -> int:
+        """Rows as they are trained: raw text longer than `max_length` makes several."""
+        if not self.is_text or not self.quantiles:
+            return self.rows
+        # One token alone has no label and is left out.
+        pieces = sum(math.ceil((length - 1) / max_length) for length in self.quantiles)
+        return max(1, round(self.rows * pieces / len(self.quantiles)))
+
     def tokens(self, max_length: int) -> float:
-        """Tokens of all rows, each cut at `max_length`."""
+        """Tokens of all rows; each is cut at `max_length`, or, of raw text, goes on in the next sequence."""
         if not self.quantiles:
             return 0.0
-        return self.rows * sum(min(length, max_length) for length in self.quantiles) / len(self.quantiles)
+        limit = NO_LIMIT if self.is_text else max_length
+        return self.rows * sum(min(length, limit) for length in self.quantiles) / len(self.quantiles)
 
     def packed(self, max_length: int, *, as_pairs: bool) -> list[int]:
         """Tokens of each measured row as it is packed: its prompt once, then each answer cut at the limit.
@@ -207,6 +218,7 @@ def _survey(context: StageContext, item: StageInput, tokenizer: Tokenizer) -> Da
             longest=longest,
             shapes=quantiles(shapes),
             unscored=unscored_row(rows) or "",
+            is_text=parsed.format == "text",
         )
     return DatasetFindings(
         name=item.name,

@@ -1,32 +1,30 @@
 """What a stage will take: steps, tokens, memory and accelerator time. Estimates, and named so.
 
-Memory of a training rank, in bytes: frozen weights in the resolved precision, 16 per trainable parameter (float32
-weight, gradient and two AdamW moments), what penalties hold, activations of one micro-batch, and a constant for the
-runtime. Activations per token and layer: about 10 hidden vectors, the attention's projections and 3 vectors of the
-feed-forward width; with gradient checkpointing one hidden vector per layer and one layer in full. Logits are made in
-chunks and do not count.
-
 Tokens are those that go through the model in training: of a row with several answers the prompt counts once, because
-the answers share it. What a frozen reference reads, once for all epochs, does not count.
+the answers share it. What a frozen reference reads, once for all epochs, does not count. Memory is that of `memory`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from plumbline_api.evaluation import Evaluate
-from plumbline_api.methods import TRAINING_STAGES
-from plumbline_api.record import StageRecord
-from plumbline_api.training import Training, TunedStage
+from plumbline_api.methods import TRAINING_STAGES, Kl
+from plumbline_api.online import OnlineStage, Ppo
+from plumbline_api.record import StageRecord, own_parameters
+from plumbline_api.training import TunedStage
 
 from plumbline_trainer.engine.schedule import plan_steps
+from plumbline_trainer.models.selection import ModuleNames, trained_parts
 from plumbline_trainer.planning.datasets import SplitFindings
 from plumbline_trainer.planning.facts import ModelFacts
+from plumbline_trainer.planning.memory import RUNTIME_BYTES, Weights, activations_per_block, fits, training_memory
+from plumbline_trainer.planning.sampling import beside_policy, tokens_per_prompt
 
-RUNTIME_BYTES = 800 * 2**20
 ONE_ANSWER = frozenset({"pretrain", "sft"})
 EVERY_ANSWER = frozenset({"rewardModel", "rrhf", "awr"})
 """Stages that read a row's answers one and all; what is in neither set reads pairs."""
@@ -50,6 +48,8 @@ def estimate(
     tokens_per_second: float | None,
     *,
     rehearsed: Sequence[SplitFindings] = (),
+    names: ModuleNames | None = None,
+    limit: int | None = None,
 ) -> Estimate:
     """Estimate one stage.
 
@@ -59,31 +59,39 @@ def estimate(
         rows: its training rows; None for stages that do not train.
         tokens_per_second: training tokens per second and accelerator at 1B parameters; None if nobody says.
         rehearsed: training rows of the datasets that are mixed in, as declared.
+        names: the modules of the model; needed where a stage trains a part of it.
+        limit: bytes of memory that a rank may use; None if nobody says.
     """
     if stage.type not in TRAINING_STAGES:
         return Estimate(memory=_inference_memory(stage, facts))
     model = TRAINING_STAGES[stage.type]
-    parameters = model.model_validate({key: value for key, value in stage.parameters.items() if key != "seed"})
+    parameters = model.model_validate(own_parameters(stage.parameters))
     training = parameters.training
+    if isinstance(parameters, OnlineStage):
+        memory = partial(_training_memory, parameters, facts, names=names, limit=limit)
+        return _online(stage, parameters, facts, rows, tokens_per_second, memory)
     steps = tokens = gpu_hours = None
     if rows is not None and rows.rows:
         shares = [item.share for item in getattr(parameters, "rehearsal", None) or ()]
         plan = plan_steps(
             # At most so many winners of each prompt are trained on.
-            _names(rows, getattr(parameters, "keep", 1)),
+            _names(rows, training.max_length, getattr(parameters, "keep", 1)),
             seed=0,
             global_batch=training.global_batch,
             epochs=training.epochs,
             max_steps=training.max_steps,
-            rehearsal=[(_names(other), part) for other, part in zip(rehearsed, shares, strict=True)],
+            rehearsal=[
+                (_names(other, training.max_length), part) for other, part in zip(rehearsed, shares, strict=True)
+            ],
             least=parameters.least_rows,
         )
         steps = plan.steps if training.range_test is None else training.range_test.steps
         taken = steps * training.global_batch
         if training.range_test is None:
-            taken = min(taken, math.ceil(max(training.epochs, 1 / rows.rows) * plan.rows_per_epoch))
+            own = rows.sequences(training.max_length)
+            taken = min(taken, math.ceil(max(training.epochs, 1 / own) * plan.rows_per_epoch))
         per_row = _mean_tokens(stage, rows, training.max_length) * (1.0 - sum(shares)) + sum(
-            share * other.tokens(training.max_length) / other.rows
+            share * other.tokens(training.max_length) / other.sequences(training.max_length)
             for other, share in zip(rehearsed, shares, strict=True)
         )
         # The mismatched answers that kto takes its reference point from are as long as the others.
@@ -96,11 +104,46 @@ def estimate(
         row = _longest_row(stage, rows, training.max_length)
         # A micro-batch is part of a step, and a row longer than the budget stands alone.
         longest = max(row, min(longest, row * training.global_batch))
-    return Estimate(steps, tokens, _training_memory(parameters, training, facts, longest), gpu_hours)
+    memory = _training_memory(parameters, facts, longest, names, limit)
+    return Estimate(steps, tokens, memory, gpu_hours)
 
 
-def _names(rows: SplitFindings, times: int = 1) -> list[str]:
-    return [str(number) for number in range(rows.rows * times)]
+def _online(
+    stage: StageRecord,
+    parameters: OnlineStage,
+    facts: ModelFacts,
+    rows: SplitFindings | None,
+    tokens_per_second: float | None,
+    memory: Callable[[int], int],
+) -> Estimate:
+    """Of a stage that samples; its rows are prompts."""
+    training = parameters.training
+    steps = tokens = gpu_hours = None
+    if rows is not None and rows.prompts:
+        plan = plan_steps(
+            [str(number) for number in range(rows.rows)],
+            seed=0,
+            global_batch=training.global_batch,
+            epochs=training.epochs,
+            max_steps=training.max_steps,
+        )
+        steps = plan.steps
+        prompt = sum(rows.prompts) / len(rows.prompts)
+        tokens = round(steps * training.global_batch * tokens_per_prompt(parameters, prompt))
+        if tokens_per_second is not None and stage.resources.gpus_per_node:
+            gpu_hours = round(tokens / (tokens_per_second * 1e9 / facts.parameters) / 3600, 4)
+    longest = max(rows.prompts[-1] if rows is not None and rows.prompts else 0, 1) + parameters.rollout.max_new_tokens
+    total = memory(max(longest, training.tokens_per_batch)) + beside_policy(parameters, facts)
+    if isinstance(parameters, Ppo):
+        adapter = (
+            0 if parameters.lora is None else lora_parameters(parameters.lora.rank, parameters.lora.targets, facts)
+        )
+        total += 16 * (adapter or facts.parameters)
+    return Estimate(steps, tokens, total, gpu_hours)
+
+
+def _names(rows: SplitFindings, max_length: int, times: int = 1) -> list[str]:
+    return [str(number) for number in range(rows.sequences(max_length) * times)]
 
 
 def _mean_tokens(stage: StageRecord, rows: SplitFindings, max_length: int) -> float:
@@ -108,7 +151,7 @@ def _mean_tokens(stage: StageRecord, rows: SplitFindings, max_length: int) -> fl
     if stage.type == "bestOfN":
         return min(sum(rows.prompts) / len(rows.prompts) + _new_tokens(stage), max_length)
     if stage.type in ONE_ANSWER:
-        return rows.tokens(max_length) / rows.rows
+        return rows.tokens(max_length) / rows.sequences(max_length)
     packed = rows.packed(max_length, as_pairs=stage.type not in EVERY_ANSWER)
     return sum(packed) / len(packed)
 
@@ -143,37 +186,47 @@ def lora_parameters(rank: int, targets: list[str] | None, facts: ModelFacts) -> 
     return rank * facts.layers * sum(chosen)
 
 
-def whole_parameters(modules: list[str], facts: ModelFacts) -> int:
-    """Parameters of embeddings and head where they are trained whole; norms are too small to count."""
-    large = sum(name.rpartition(".")[2] in ("embed_tokens", "wte", "lm_head", "embed_out") for name in modules)
-    return large * facts.vocabulary * facts.hidden
-
-
-def _training_memory(parameters: TunedStage, training: Training, facts: ModelFacts, tokens: int) -> int:
+def _training_memory(
+    parameters: TunedStage,
+    facts: ModelFacts,
+    tokens: int,
+    names: ModuleNames | None,
+    limit: int | None,
+) -> int:
+    """Of one rank; activations are computed again where the stage says so, or where they would not fit otherwise."""
+    training = parameters.training
     width = 2 if training.precision == "bfloat16" else 4
-    if parameters.lora is not None:
-        lora = parameters.lora
-        trainable = lora_parameters(lora.rank, lora.targets, facts) + whole_parameters(
-            lora.modules_to_save or [], facts
-        )
+    weights = _weights(parameters, facts, names)
+    plain, recomputed = (
+        training_memory(facts, weights, tokens=tokens, width=width, recomputed=again) for again in (False, True)
+    )
+    chosen = training.gradient_checkpointing
+    return recomputed if chosen or (chosen is None and not fits(plain, limit)) else plain
+
+
+def _weights(parameters: TunedStage, facts: ModelFacts, names: ModuleNames | None) -> Weights:
+    training, lora, ewc = parameters.training, parameters.lora, getattr(parameters, "ewc", None)
+    parts = None if names is None else trained_parts(names, lora, parameters.freeze)
+    blocks = facts.layers if parts is None or not names or not names.blocks else parts.blocks
+    if lora is None:
+        trained = facts.parameters if parts is None else min(parts.whole, facts.parameters)
+        frozen = 4 * (facts.parameters - trained)
+        # Penalties hold a copy of the start.
+        copies = 4 * trained
+    else:
+        width = 2 if training.precision == "bfloat16" else 4
+        adapter = lora_parameters(lora.rank, lora.targets, facts)
+        trained = adapter if parts is None else round(adapter * parts.adapted) + parts.whole
         # Four bits and the scale of every 64 weights.
         frozen = facts.parameters * width if lora.quantization is None else round(facts.parameters * 0.56)
-        weights, held = frozen + 16 * trainable, 0
-    else:
-        # Penalties hold a copy of the start.
-        weights, held = 16 * facts.parameters, 4 * facts.parameters
-    if training.l2sp is not None:
-        weights += held
-    if getattr(parameters, "ewc", None) is not None:
-        weights += held + 4 * facts.parameters
-    layer = _activations_per_layer(facts)
-    per_token = facts.hidden * facts.layers + layer if training.gradient_checkpointing else layer * facts.layers
-    return round(RUNTIME_BYTES + weights + tokens * per_token * width)
-
-
-def _activations_per_layer(facts: ModelFacts) -> int:
-    projections = (2 * facts.heads + 2 * facts.key_value_heads) * facts.head_size
-    return 10 * facts.hidden + projections + 3 * facts.intermediate
+        copies = 0
+    held = copies if training.l2sp is not None else 0
+    if ewc is not None:
+        held += copies + 4 * facts.parameters
+    kl = getattr(parameters, "kl", None)
+    if isinstance(kl, Kl) and not kl.is_start:
+        held += facts.parameters * (2 if training.precision == "bfloat16" else 4)
+    return Weights(frozen=frozen, trained=trained, blocks=blocks, held=held)
 
 
 def _inference_memory(stage: StageRecord, facts: ModelFacts) -> int:
@@ -191,14 +244,9 @@ def _inference_memory(stage: StageRecord, facts: ModelFacts) -> int:
         )
     evaluate = _evaluate(stage.parameters)
     width = 2 if evaluate.precision == "bfloat16" else 4
-    per_token = 2 * _activations_per_layer(facts)
+    per_token = 2 * activations_per_block(facts)
     return round(RUNTIME_BYTES + facts.parameters * width + evaluate.tokens_per_batch * per_token * width)
 
 
 def _evaluate(parameters: dict[str, Any]) -> Evaluate:
-    return Evaluate.model_validate({key: value for key, value in parameters.items() if key != "seed"})
-
-
-def shown_bytes(count: int) -> str:
-    """Such as `1.6 GiB`."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+    return Evaluate.model_validate(own_parameters(parameters))

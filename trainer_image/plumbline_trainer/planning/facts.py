@@ -19,6 +19,7 @@ from plumbline_trainer.data.sources import bundled_model, fetch_model, model_obj
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.models.folders import weight_names
 from plumbline_trainer.models.headers import BITS, read_header
+from plumbline_trainer.planning.memory import Sizes, sizes_of
 from plumbline_trainer.storage import uris
 from plumbline_trainer.storage.manifests import read_json
 from plumbline_trainer.storage.objects import PARALLEL_OBJECTS
@@ -33,17 +34,11 @@ EMBEDDINGS = ("model.embed_tokens.weight", "wte.weight")
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFacts:
+class ModelFacts(Sizes):
     """Sizes of a model."""
 
     architecture: str
     parameters: int
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    key_value_heads: int
-    head_size: int
     vocabulary: int
     context_length: int | None
     storage_dtype: str
@@ -64,7 +59,7 @@ def model_facts(context: StageContext, item: ExternalInput, digest: str) -> Mode
             return ModelFacts(**known)
         except TypeError:
             pass
-    with _reading(item):
+    with reading(item):
         facts = _read(context, item, digest)
     context.store.put_bytes(place, json.dumps(asdict(facts), indent=1).encode())
     return facts
@@ -82,7 +77,7 @@ def _load_tokenizer(path: Path) -> Tokenizer:
     return load_tokenizer(path)
 
 
-def _reading(item: ExternalInput) -> AbstractContextManager[None]:
+def reading(item: ExternalInput) -> AbstractContextManager[None]:
     """While a GGUF file is read, it is parsed once for everything that is wanted of it."""
     if not item.uri.startswith("bundled://") and not item.uri.endswith(".gguf"):
         return nullcontext()
@@ -128,16 +123,10 @@ def _read(context: StageContext, item: ExternalInput, digest: str) -> ModelFacts
         parameters = sum(math.prod(entry["shape"]) for entry in header.values() if entry["dtype"] in BITS)
         dtype = "bfloat16" if types == {"BF16"} else "float32"
     declared = str(item.settings.get("storageDtype", "auto"))
-    hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
     return ModelFacts(
+        **asdict(sizes_of(text)),
         architecture=str(config.model_type),
         parameters=parameters,
-        layers=int(text.num_hidden_layers),
-        hidden=hidden,
-        intermediate=int(getattr(text, "intermediate_size", None) or 4 * hidden),
-        heads=heads,
-        key_value_heads=int(getattr(text, "num_key_value_heads", None) or heads),
-        head_size=int(getattr(text, "head_dim", None) or hidden // heads),
         vocabulary=int(text.vocab_size),
         context_length=int(text.max_position_embeddings) if hasattr(text, "max_position_embeddings") else None,
         storage_dtype=dtype if declared == "auto" else declared,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from typing import TYPE_CHECKING
 
 from plumbline_api.fingerprint import digest_of
@@ -21,13 +22,13 @@ from plumbline_trainer.storage.manifests import read_json
 if TYPE_CHECKING:
     from plumbline_trainer.context import StageContext
 
-NAMES_VERSION = 2
+NAMES_VERSION = 3
 
 
 def check_selections(
     context: StageContext, record: RunRecord, model: ExternalInput, digest: str, problems: Problems
 ) -> None:
-    """Find stages that name layers or modules which the model does not have, or 4-bit weights where they cannot be.
+    """Find stages that name parts which the model does not have, or 4-bit weights or vLLM where they cannot be.
 
     Args:
         context: of preflight.
@@ -39,6 +40,8 @@ def check_selections(
     for index, stage in enumerate(record.stages):
         with problems.collecting():
             _check_judges(record, stage, f"spec.stages[{index}].evaluate")
+        with problems.collecting():
+            _check_rollout(record, stage, f"spec.stages[{index}].{stage.type}.rollout.engine")
         lora = Lora.model_validate(stage.parameters["lora"]) if "lora" in stage.parameters else None
         freeze = Freeze.model_validate(stage.parameters["freeze"]) if "freeze" in stage.parameters else None
         if lora is None and freeze is None:
@@ -72,6 +75,14 @@ def _check_judges(record: RunRecord, stage: StageRecord, path: str) -> None:
             refuse_without_device(field, cuda=_has_cuda(record, stage))
 
 
+def _check_rollout(record: RunRecord, stage: StageRecord, field: str) -> None:
+    """vLLM is no part of every trainer image, and needs a device."""
+    if (stage.parameters.get("rollout") or {}).get("engine") == "vllm":
+        from plumbline_trainer.rollout.vllm import find_executable
+
+        find_executable(field, os.environ, cuda=_has_cuda(record, stage))
+
+
 def names_of(context: StageContext, model: ExternalInput, digest: str) -> ModuleNames:
     """The modules of a model; found once per content, because building even an empty model takes seconds."""
     key = digest_of(["modules", digest, NAMES_VERSION])
@@ -79,7 +90,7 @@ def names_of(context: StageContext, model: ExternalInput, digest: str) -> Module
     known = read_json(context.store, place)
     if isinstance(known, dict):
         try:
-            return ModuleNames(**{name: tuple(map(str, values)) for name, values in known.items()})
+            return ModuleNames(**{name: tuple(values) for name, values in known.items()})
         except TypeError:
             pass
     from plumbline_trainer.models.loading import load_skeleton

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from plumbline_api.artifacts import FORMAT_DESCRIPTIONS, PREFERENCE_FORMATS
 from plumbline_api.evaluation import Evaluate
-from plumbline_api.record import ExternalInput, RunRecord, StageRecord
+from plumbline_api.record import ExternalInput, RunRecord, StageRecord, own_parameters
 from plumbline_api.stages import REHEARSAL_FORMATS, STAGE_TYPES, SUITE_FORMATS
 from plumbline_api.training import Training
 
@@ -108,7 +108,7 @@ def _need(stage: StageRecord, index: int, role: str) -> tuple[str, frozenset[str
 
 
 def _evaluate(stage: StageRecord) -> Evaluate:
-    return Evaluate.model_validate({key: value for key, value in stage.parameters.items() if key != "seed"})
+    return Evaluate.model_validate(own_parameters(stage.parameters))
 
 
 def dataset_inputs(record: RunRecord, stage: StageRecord) -> list[tuple[str, ExternalInput]]:

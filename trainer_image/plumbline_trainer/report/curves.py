@@ -14,11 +14,11 @@ from plumbline_trainer.engine import range_test
 from plumbline_trainer.report.facts import Point, series
 
 # Matplotlib writes colours as numbers; these stand for the page's variables and are replaced in its output.
-_INK, _GRID, _FIRST, _SECOND = "#010203", "#010204", "#010205", "#010206"
-_VARIABLES = {_INK: "var(--soft)", _GRID: "var(--line)", _FIRST: "var(--blue)", _SECOND: "var(--orange)"}
+INK, _GRID, FIRST, SECOND = "#010203", "#010204", "#010205", "#010206"
+_VARIABLES = {INK: "var(--soft)", _GRID: "var(--line)", FIRST: "var(--blue)", SECOND: "var(--orange)"}
 _COLOURS = {"var(--soft)": "#5b6470", "var(--line)": "#d9dde2", "var(--blue)": "#2f6fb7", "var(--orange)": "#d9730d"}
 """What they are in a file of its own."""
-_SMOOTH_FROM = 60
+SMOOTH_FROM = 60
 """Steps from which a line is drawn smoothed above its points."""
 
 
@@ -27,10 +27,13 @@ class Panel:
     """One plot: a training figure and what was held out beside it."""
 
     title: str
-    training: str
+    training: str | None
+    """Figure of every step; None where there is none."""
     held_out: str | None = None
     reference: float | None = None
     """A level to compare with, such as ½ for an accuracy."""
+    unit: str = "optimizer step"
+    """What is counted on the horizontal axis."""
 
 
 _LIKELIHOOD = (Panel("Loss per token", "loss", "evalLoss"),)
@@ -82,12 +85,17 @@ def draw_curves(
     stage: str, stage_type: str, points: Sequence[Point], parameters: Mapping[str, Any] | None = None
 ) -> list[Figure]:
     """Every plot that a stage's figures allow; none where it reported fewer than two steps."""
+    return draw_panels(stage, panels_of(stage_type, parameters or {}), points)
+
+
+def draw_panels(stage: str, panels: Sequence[Panel], points: Sequence[Point]) -> list[Figure]:
+    """Those plots of which at least two steps were reported; what is measured at evaluations only, two evaluations."""
     figures = []
-    for panel in panels_of(stage_type, parameters or {}):
-        steps, values = series(points, panel.training)
-        if len(steps) >= 2:
-            held_out = series(points, panel.held_out) if panel.held_out is not None else ([], [])
-            svg = _draw(panel, steps, values, held_out, name=f"{stage}-{panel.training}")
+    for panel in panels:
+        steps, values = series(points, panel.training) if panel.training is not None else ([], [])
+        held_out = series(points, panel.held_out) if panel.held_out is not None else ([], [])
+        if len(steps) >= 2 or (panel.training is None and len(held_out[0]) >= 2):
+            svg = _draw(panel, steps, values, held_out, name=f"{stage}-{panel.training or panel.held_out}")
             figures.append(Figure(panel.title, svg, _summary(panel, steps, values, held_out)))
     return figures
 
@@ -95,14 +103,14 @@ def draw_curves(
 def draw_range_test(stage: str, rates: Sequence[float], losses: Sequence[float], suggested: float | None) -> Figure:
     """Loss over learning rate of a range test, with the suggestion."""
     name = f"{stage}-range"
-    with _canvas(name) as (canvas, axes):
+    with canvas_of(name) as (canvas, axes):
         axes.set_xscale("log")
-        axes.plot(rates, losses, color=_FIRST, linewidth=1.2, alpha=0.3)
-        axes.plot(rates, range_test.smoothed(losses), color=_FIRST, linewidth=2.0)
+        axes.plot(rates, losses, color=FIRST, linewidth=1.2, alpha=0.3)
+        axes.plot(rates, range_test.smoothed(losses), color=FIRST, linewidth=2.0)
         if suggested is not None:
-            axes.axvline(suggested, color=_SECOND, linewidth=1.6)
+            axes.axvline(suggested, color=SECOND, linewidth=1.6)
         axes.set_xlabel("learning rate")
-        svg = _rendered(canvas, name)
+        svg = rendered(canvas, name)
     found = "no rate is suggested" if suggested is None else f"the suggested rate is {suggested:.2g}"
     title = "Loss over learning rate"
     return Figure(title, svg, f"{title}, from {rates[0]:.2g} to {rates[-1]:.2g}: {found}")
@@ -120,20 +128,21 @@ def _draw(
 ) -> str:
     from matplotlib.ticker import MaxNLocator
 
-    with _canvas(name) as (canvas, axes):
+    with canvas_of(name) as (canvas, axes):
         if panel.reference is not None:
-            axes.axhline(panel.reference, color=_INK, linewidth=0.9, dashes=(3, 3))
-        smooth = len(values) >= _SMOOTH_FROM
-        axes.plot(steps, values, color=_FIRST, linewidth=1.6, alpha=0.3 if smooth else 1.0)
+            axes.axhline(panel.reference, color=INK, linewidth=0.9, dashes=(3, 3))
+        smooth = len(values) >= SMOOTH_FROM
+        if values:
+            axes.plot(steps, values, color=FIRST, linewidth=1.6, alpha=0.3 if smooth else 1.0)
         if smooth:
-            axes.plot(steps, smoothed(values), color=_FIRST, linewidth=2.0)
+            axes.plot(steps, smoothed(values), color=FIRST, linewidth=2.0)
         if len(held_out[0]) > 0:
-            axes.plot(*held_out, color=_SECOND, linewidth=1.6, marker="o", markersize=5)
+            axes.plot(*held_out, color=SECOND, linewidth=1.6, marker="o", markersize=5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.ticklabel_format(axis="y", useOffset=False)
-        axes.set_xlabel("optimizer step")
-        return _rendered(canvas, name)
+        axes.set_xlabel(panel.unit)
+        return rendered(canvas, name)
 
 
 def draw_reliability(stage: str, calibration: dict[str, Any]) -> Figure | None:
@@ -147,18 +156,18 @@ def draw_reliability(stage: str, calibration: dict[str, Any]) -> Figure | None:
     if not bins:
         return None
     name = f"{stage}-calibration"
-    with _canvas(name) as (canvas, axes):
-        axes.plot([0.5, 1.0], [0.5, 1.0], color=_INK, linewidth=0.9, dashes=(3, 3))
-        axes.plot(*zip(*bins, strict=True), color=_SECOND, linewidth=1.6, marker="o", markersize=5)
+    with canvas_of(name) as (canvas, axes):
+        axes.plot([0.5, 1.0], [0.5, 1.0], color=INK, linewidth=0.9, dashes=(3, 3))
+        axes.plot(*zip(*bins, strict=True), color=SECOND, linewidth=1.6, marker="o", markersize=5)
         axes.set_xlabel("probability that the reward model gives its favourite")
-        svg = _rendered(canvas, name)
+        svg = rendered(canvas, name)
     said = ", ".join(f"{accuracy:.0%} right where it is {confidence:.0%} sure" for confidence, accuracy in bins)
     title = f"Calibration, expected error {float(calibration['error']):.2f}"
     return Figure(title, svg, f"{title}: {said}")
 
 
 @contextmanager
-def _canvas(name: str) -> Iterator[tuple[Any, Any]]:
+def canvas_of(name: str) -> Iterator[tuple[Any, Any]]:
     """An empty plot in the page's style."""
     import matplotlib as mpl
 
@@ -171,10 +180,10 @@ def _canvas(name: str) -> Iterator[tuple[Any, Any]]:
         "font.family": "sans-serif",
         "font.size": 9,
         "axes.edgecolor": _GRID,
-        "axes.labelcolor": _INK,
-        "text.color": _INK,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
+        "axes.labelcolor": INK,
+        "text.color": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
         "axes.spines.top": False,
         "axes.spines.right": False,
     }
@@ -187,7 +196,8 @@ def _canvas(name: str) -> Iterator[tuple[Any, Any]]:
         yield canvas, axes
 
 
-def _rendered(canvas: Any, name: str) -> str:
+def rendered(canvas: Any, name: str) -> str:
+    """A plot as an element of the page."""
     buffer = io.StringIO()
     canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Type": None})
     return _inline(buffer.getvalue(), name)
@@ -221,6 +231,8 @@ def _inline(svg: str, name: str) -> str:
 def _summary(
     panel: Panel, steps: Sequence[int], values: Sequence[float], held_out: tuple[list[int], list[float]]
 ) -> str:
+    if not values:
+        return f"{panel.title}: {held_out[1][0]:.3g} at step {held_out[0][0]}, then {held_out[1][-1]:.3g}"
     text = f"{panel.title}: {values[0]:.3g} at step {steps[0]}, {values[-1]:.3g} at step {steps[-1]}"
     if len(held_out[0]) > 1:
         return f"{text}; on held-out rows {held_out[1][0]:.3g}, then {held_out[1][-1]:.3g}"

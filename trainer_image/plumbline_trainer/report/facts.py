@@ -12,6 +12,7 @@ from typing import Any
 from plumbline_api import layout
 from plumbline_api.artifacts import ArtifactKind
 from plumbline_api.errors import InputError
+from plumbline_api.online import ABORTED_REASON, ONLINE_STAGES
 from plumbline_api.record import RunRecord, StageRecord
 from plumbline_api.stagerun import StageOutcome, StageRun
 from plumbline_api.stages import yields_of
@@ -25,8 +26,9 @@ CURVES = "metrics.jsonl"
 EVALUATION = "report.json"
 HELD_OUT = "evaluation.json"
 PLAN = "plan.json"
-GATE_FAILED = "GateFailed"
-"""Reason of a stage whose output is there but not good enough."""
+MONITORS = "monitors.json"
+WITH_OUTPUT = frozenset({"GateFailed", ABORTED_REASON})
+"""Reasons of failed stages whose output is there, but not good enough."""
 CURVE_BYTES_MAX = 64 * 1024 * 1024
 
 
@@ -54,6 +56,8 @@ class StageFacts:
     """report.json of an evaluate stage."""
     held_out: dict[str, Any] | None = None
     """evaluation.json of a reward model; None where no row was held out."""
+    monitors: dict[str, Any] | None = None
+    """monitors.json of a stage that samples."""
 
     @property
     def name(self) -> str:
@@ -69,6 +73,13 @@ class StageFacts:
     def succeeded(self) -> bool:
         """Whether it did."""
         return self.phase == "Succeeded"
+
+    @property
+    def aborted(self) -> str | None:
+        """Why it stopped by its own abort rules, in words; None where it did not."""
+        if self.outcome is None or self.outcome.reason != ABORTED_REASON:
+            return None
+        return self.outcome.message or "its abort rules"
 
     @property
     def yields_policy(self) -> bool:
@@ -178,7 +189,7 @@ def _read_stage(store: ObjectStore, facts: RunFacts, stage: StageFacts, fingerpr
         stage.points = read_curve(store, root, own)
     except (InputError, TransientError, OSError) as error:
         yield f"the curves of {stage.name}: {error}"
-    if not stage.succeeded and (stage.outcome is None or stage.outcome.reason != GATE_FAILED):
+    if not stage.succeeded and (stage.outcome is None or stage.outcome.reason not in WITH_OUTPUT):
         return
     try:
         found = read_manifest(store, root)
@@ -195,6 +206,8 @@ def _read_stage(store: ObjectStore, facts: RunFacts, stage: StageFacts, fingerpr
             stage.evaluation = _read_document(store, stage, EVALUATION)
             if stage.evaluation is None:
                 raise InputError(f"its output holds no {EVALUATION}")
+        elif stage.record.type in ONLINE_STAGES:
+            stage.monitors = _read_document(store, stage, MONITORS)
         elif stage.yields_reward_model:
             stage.held_out = _read_document(store, stage, HELD_OUT)
     except (InputError, TransientError, OSError, ValueError) as error:

@@ -187,7 +187,7 @@ def _base(facts: RunFacts) -> dict[str, Any]:
 def _stage_row(facts: RunFacts, stage: StageFacts) -> dict[str, Any]:
     outcome = stage.outcome
     sources = [ref for ref in stage.record.inputs if ref.role.partition(".")[0] in ("model", "models")]
-    data = next((ref for ref in stage.record.inputs if ref.role == "dataset"), None)
+    data = next((ref for ref in stage.record.inputs if ref.role in ("dataset", "prompts")), None)
     lora = stage.record.parameters.get("lora")
     what = []
     if data is not None and data.external is not None:
@@ -205,9 +205,8 @@ def _stage_row(facts: RunFacts, stage: StageFacts) -> dict[str, Any]:
         "name": stage.name,
         "type": stage.record.type,
         "phase": stage.phase,
-        "word": "found in storage"
-        if outcome is not None and outcome.cached
-        else words.PHASE_WORDS.get(stage.phase, ""),
+        "word": _word(stage),
+        "aborted": stage.aborted,
         "reason": None if outcome is None else outcome.reason,
         "message": None if outcome is None else outcome.message,
         "attempts": 0 if outcome is None else outcome.attempts,
@@ -218,6 +217,15 @@ def _stage_row(facts: RunFacts, stage: StageFacts) -> dict[str, Any]:
         "what": ", ".join(what),
         "yields_policy": stage.yields_policy,
     }
+
+
+def _word(stage: StageFacts) -> str:
+    """How a stage ended, in a word or two."""
+    if stage.aborted is not None:
+        return "aborted"
+    if stage.outcome is not None and stage.outcome.cached:
+        return "found in storage"
+    return words.PHASE_WORDS.get(stage.phase, "")
 
 
 def _cost(facts: RunFacts) -> dict[str, Any]:
@@ -334,6 +342,9 @@ def _checks(facts: RunFacts, findings: list[Finding]) -> list[tuple[str, str]]:
     for stage in facts.stages:
         if (said := describe_merge(stage)) is not None:
             checks.append(said)
+        if stage.monitors is not None:
+            tone = {"hacked": "bad", "suspicious": "open"}.get(str(stage.monitors.get("verdict")), "good")
+            checks.append((tone, f"{stage.name}: {stage.monitors.get('text')}."))
     for item in _datasets(facts):
         if item["bad"]:
             checks.append(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from plumbline_api.online import ONLINE_STAGES
+
 from plumbline_trainer.report import words
 from plumbline_trainer.report.curves import Figure, draw_curves, draw_range_test, draw_reliability
 from plumbline_trainer.report.facts import StageFacts
+from plumbline_trainer.report.rollouts import draw_rollouts
 
 
 @dataclass
@@ -37,9 +40,22 @@ NUMBERS = (
     ("evalRewardAccuracy", "preferences met, held out"),
     ("answers", "answers"),
     ("effectiveAnswers", "answers that their weights amount to"),
-    ("reward", "mean score of sampled answers"),
-    ("rewardBest", "mean score of each prompt's best"),
     ("winners", "answers imitated"),
+    ("rewardBest", "reward of each prompt's best answer"),
+    ("rewardStart", "reward at the start"),
+    ("reward", "reward, last steps"),
+    ("evalRewardStart", "reward on held-out prompts at the start"),
+    ("evalReward", "reward on held-out prompts at the end"),
+    ("goldRewardStart", "gold reward at the start"),
+    ("goldReward", "gold reward at the end"),
+    ("length.growth", "length of answers against the start"),
+    ("entropy", "entropy per token"),
+    ("repetition", "repeated 3-grams within answers"),
+    ("missingEnd", "answers without an end"),
+    ("rewardLengthCorrelation", "rank correlation of reward and length"),
+    ("sycophancy", "answers that turn to the user's opinion"),
+    ("sycophancy.lower", "its interval from"),
+    ("sycophancy.upper", "to"),
     ("suggestedLearningRate", "suggested learning rate"),
     ("selectedStep", "step whose weights were kept"),
     ("tokensPerSecond", "tokens per second"),
@@ -50,6 +66,8 @@ NUMBERS = (
 
 def _figures(stage: StageFacts) -> list[Figure]:
     """The curves of a training stage; of a range test its one plot."""
+    if stage.record.type in ONLINE_STAGES:
+        return draw_rollouts(stage.name, stage.points)
     if stage.record.parameters["training"].get("rangeTest") is None:
         return draw_curves(stage.name, stage.record.type, stage.points, stage.record.parameters)
     swept = [item.metrics for item in stage.points if {"learningRate", "loss"} <= item.metrics.keys()]
@@ -70,7 +88,9 @@ def training_of(stage: StageFacts) -> Training | None:
     numbers = [(label, words.number(stage.metrics[key])) for key, label in NUMBERS if key in stage.metrics]
     if not figures and not numbers:
         return None
-    remarks = []
+    remarks = [f"aborted: {stage.aborted}"] if stage.aborted is not None else []
+    if stage.monitors is not None:
+        remarks.append(str(stage.monitors.get("text")))
     if (dropped := stage.metrics.get("droppedRows", 0)) > 0:
         remarks.append(f"{words.number(dropped)} rows were left out: no token of the answer fits maxLength")
     if (cut := stage.metrics.get("truncatedRows", 0)) > 0:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from plumbline_trainer.report.facts import GATE_FAILED, RunFacts, StageFacts
+from plumbline_api.online import ABORTED_REASON
+
+from plumbline_trainer.report.facts import WITH_OUTPUT, RunFacts, StageFacts
 from plumbline_trainer.report.figures import BASE, Finding, Value
 
 PHASE_WORDS = {
@@ -20,10 +22,19 @@ PHASE_WORDS = {
 
 def verdict(facts: RunFacts, findings: Sequence[Finding]) -> tuple[str, str]:
     """Whether it worked, in one sentence, and its tone: `good`, `bad` or `open`."""
+    sentence, tone = _outcome(facts, findings)
+    watched = watched_words(facts)
+    # What was probably hacked, or stopped by its own rules, did not go well, whatever other figures say.
+    return " ".join([sentence, *watched]), "open" if watched and tone == "good" else tone
+
+
+def _outcome(facts: RunFacts, findings: Sequence[Finding]) -> tuple[str, str]:
     if facts.failures:
         first = facts.failures[0]
         done = sum(stage.succeeded for stage in facts.stages)
-        if first.reason == GATE_FAILED:
+        if first.reason == ABORTED_REASON:
+            return f"Stage {first.name} was aborted: {first.message}.", "bad"
+        if first.reason in WITH_OUTPUT:
             return f"It was stopped at a gate: stage {first.name} did not reach what was asked of it.", "bad"
         return f"It did not finish: {first.name} failed after {done} of {len(facts.stages)} stages were done.", "bad"
     if not facts.succeeded:
@@ -34,6 +45,17 @@ def verdict(facts: RunFacts, findings: Sequence[Finding]) -> tuple[str, str]:
     if not findings:
         return "It ran to the end, but nothing was measured: the pipeline has no evaluation.", "open"
     return _judged(findings)
+
+
+def watched_words(facts: RunFacts) -> list[str]:
+    """What the rules and monitors of stages that sample have to say, a sentence each; nothing where all is well."""
+    found = []
+    for stage in facts.stages:
+        if stage.aborted is not None and stage.succeeded:
+            found.append(f"Stage {stage.name} was aborted: {stage.aborted}.")
+        if stage.monitors is not None and stage.monitors.get("verdict") == "hacked":
+            found.append(f"In stage {stage.name} {stage.monitors.get('text')}.")
+    return found
 
 
 def first_sentence(text: str) -> tuple[str, str]:

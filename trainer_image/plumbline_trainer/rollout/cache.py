@@ -21,7 +21,7 @@ from plumbline_trainer.engine.scorer import recurrent_layers
 _PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
-class _Layer(DynamicLayer):
+class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped
     """Keys and values of one layer, [places, heads, columns, d], of which a window of rows and columns is in use."""
 
     def __init__(self, rows: RowCache) -> None:
@@ -95,7 +95,7 @@ def unfit(model: Any) -> str | None:
     return f"{name} caches its tokens in a {others[0]}" if others else None
 
 
-class RowCache(Cache):
+class RowCache(Cache):  # type: ignore[misc]  # transformers is untyped
     """The cache of a batch whose rows come and go."""
 
     def __init__(self, layers: int) -> None:

@@ -11,6 +11,7 @@ from plumbline_trainer.engine.distributed import joined_ranks
 from plumbline_trainer.engine.objective import TokenLikelihood
 from plumbline_trainer.engine.preference_run import PreferenceRows, open_run
 from plumbline_trainer.engine.prompts import load_prompts
+from plumbline_trainer.engine.recomputation import recomputes
 from plumbline_trainer.engine.rejection import encode_winners, find_answers, with_answers
 from plumbline_trainer.engine.scorer import prepare_modes
 from plumbline_trainer.engine.trained import report_rows, save_policy, stage_parameters, weights_precision
@@ -23,6 +24,7 @@ def run(context: StageContext) -> StageOutput | None:
     training = parameters.training
     with joined_ranks(context.rank, context.world_size, context.device) as ranks:
         # Load
+        # On its device also where it will be held in four bits: it answers before it is trained.
         policy = load_policy(
             context, context.input("model"), precision=weights_precision(parameters), device=context.device
         )
@@ -37,7 +39,7 @@ def run(context: StageContext) -> StageOutput | None:
         # Build
         run = open_run(context, ranks, policy, parameters, PreferenceRows(encoded, held_out), seed)
         run.resume()
-        prepare_modes(run.scorer, adapter_dropout=False, gradient_checkpointing=training.gradient_checkpointing)
+        prepare_modes(run.scorer, adapter_dropout=False, gradient_checkpointing=recomputes(run))
 
         # Loop
         started = time.monotonic()

@@ -130,7 +130,7 @@ def _measure(
 
     context.progress.update(500 * part, 1000, f"loading {item.name}")
     policy = load_policy(context, item, precision=evaluate.precision, device=context.device)
-    return measure(
+    measured = measure(
         policy,
         item.name,
         suites,
@@ -140,6 +140,10 @@ def _measure(
         ranks=ranks,
         at_share=at_share,
     )
+    if measured.path:
+        level = context.log.info if measured.path == "fast" else context.log.warning
+        level("%s: %s path: %s", item.name, measured.path, measured.path_reason)
+    return measured
 
 
 def _judge(

@@ -10,10 +10,9 @@ from plumbline_trainer.engine.distributed import joined_ranks
 from plumbline_trainer.engine.online_run import kl_controller, make_learner, open_run, save_learner
 from plumbline_trainer.engine.policy_gradient import PolicyObjective
 from plumbline_trainer.engine.prompts import load_prompts
-from plumbline_trainer.engine.trained import report_rows, stage_parameters, weights_precision
+from plumbline_trainer.engine.trained import load_start, report_rows, stage_parameters
 from plumbline_trainer.losses.advantages import group_advantages
 from plumbline_trainer.losses.kl import kl_estimate
-from plumbline_trainer.models.policy import load_policy
 
 
 def run(context: StageContext) -> StageOutput | None:
@@ -21,9 +20,7 @@ def run(context: StageContext) -> StageOutput | None:
     parameters, seed = stage_parameters(context, Grpo)
     with joined_ranks(context.rank, context.world_size, context.device) as ranks:
         # Load
-        policy = load_policy(
-            context, context.input("model"), precision=weights_precision(parameters), device=context.device
-        )
+        policy = load_start(context, parameters)
         prompts = load_prompts(context, policy, parameters)
         report_rows(context, prompts.encoded, "training prompts")
 

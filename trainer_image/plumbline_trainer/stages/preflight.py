@@ -10,7 +10,7 @@ from typing import Any
 
 from plumbline_api.methods import Kto
 from plumbline_api.quantities import parse_quantity
-from plumbline_api.record import RunRecord, StageRecord, fingerprints
+from plumbline_api.record import RunRecord, StageRecord, fingerprints, own_parameters
 from plumbline_api.stagerun import PreflightFindings
 from plumbline_api.stages import STAGE_TYPES
 from pydantic.alias_generators import to_camel
@@ -19,14 +19,15 @@ from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.data.loading import load_dataset
 from plumbline_trainer.errors import InputError, Interrupted
 from plumbline_trainer.planning.datasets import DatasetFindings, Leak, as_input, find_leaks, survey
-from plumbline_trainer.planning.estimates import Estimate, estimate, shown_bytes
-from plumbline_trainer.planning.facts import ModelFacts, local_tokenizer, model_facts
+from plumbline_trainer.planning.estimates import Estimate, estimate
+from plumbline_trainer.planning.facts import ModelFacts, local_tokenizer, model_facts, reading
 from plumbline_trainer.planning.hits import Hit, find_hits
 from plumbline_trainer.planning.lengths import length_note
+from plumbline_trainer.planning.memory import shown_bytes
 from plumbline_trainer.planning.pins import Pin, pin
 from plumbline_trainer.planning.problems import Problems
 from plumbline_trainer.planning.rewarding import check_rewards
-from plumbline_trainer.planning.selections import check_selections
+from plumbline_trainer.planning.selections import check_selections, names_of
 from plumbline_trainer.planning.uses import check_uses, dataset_inputs, readers
 from plumbline_trainer.storage import uris
 
@@ -78,7 +79,7 @@ def run(context: StageContext) -> StageOutput:
     digests = [item.digest for item in found.pins]
     found.leaks = find_leaks(found.datasets.values(), *readers(record))
     found.hits = find_hits(context.store, record, fingerprints(record, digests))
-    estimate_stages(record, found)
+    estimate_stages(context, record, found)
     found.notes = notes(record, found)
     write_plan(context, to_plan(record, found))
     return StageOutput(
@@ -147,7 +148,7 @@ def read_models(
         if item.kind != "policy" or one is None:
             continue
         _step(context, len(pins) + number, 2 * len(pins), f"reading {item.name}")
-        with problems.collecting():
+        with problems.collecting(), reading(item):
             found.models[item.name] = model_facts(context, item, one.digest)
             if item.name == "model":
                 check_selections(context, record, item, one.digest, problems)
@@ -180,18 +181,41 @@ def read_datasets(
             found.datasets[known.name] = known
 
 
-def estimate_stages(record: RunRecord, found: Findings) -> None:
+def estimate_stages(context: StageContext, record: RunRecord, found: Findings) -> None:
     """Steps, tokens, memory and accelerator time of every stage."""
     accelerator = record.runtime.accelerator if record.runtime is not None else None
+    model, digest = next(
+        (item, one.digest) for item, one in zip(record.external_inputs, found.pins, strict=True) if item.name == "model"
+    )
     rate = accelerator.tokens_per_second_hint if accelerator is not None else None
     for stage in record.stages:
         read = [
             found.datasets[item.name.removeprefix("dataset/")].splits["train"]
             for role, item in dataset_inputs(record, stage)
-            if role == "dataset" or role.startswith("rehearsal.") or (role == "prompts" and stage.type == "bestOfN")
+            if role in ("dataset", "prompts") or role.startswith("rehearsal.")
         ]
         rows = read[0] if read else None
-        found.estimates[stage.name] = estimate(stage, found.models["model"], rows, rate, rehearsed=read[1:])
+        partly = not stage.parameters.keys().isdisjoint(("lora", "freeze"))
+        found.estimates[stage.name] = estimate(
+            stage,
+            found.models["model"],
+            rows,
+            rate,
+            rehearsed=read[1:],
+            names=names_of(context, model, digest) if partly else None,
+            limit=memory_of_a_rank(record, stage),
+        )
+
+
+def memory_of_a_rank(record: RunRecord, stage: StageRecord) -> int | None:
+    """Bytes that a rank of a stage may use: its accelerator's, or the pod's; None where nobody says."""
+    if record.runtime is None:
+        return None
+    if stage.resources.gpus_per_node:
+        memory = record.runtime.accelerator.memory if record.runtime.accelerator is not None else None
+    else:
+        memory = stage.resources.memory or record.runtime.classes.of(stage.runtime_class).memory
+    return None if memory is None else int(parse_quantity(memory))
 
 
 def notes(record: RunRecord, found: Findings) -> list[str]:
@@ -202,13 +226,14 @@ def notes(record: RunRecord, found: Findings) -> list[str]:
     ]
     if not found.conditional_writes:
         said.append("storage ignores If-None-Match: two trainers at once could overwrite each other's results")
-    memory = record.runtime.accelerator.memory if record.runtime and record.runtime.accelerator else None
     for stage in record.stages:
-        need = found.estimates[stage.name].memory
-        if memory is not None and need is not None and stage.resources.gpus_per_node and need > parse_quantity(memory):
-            said.append(f"{stage.name} is estimated to need {shown_bytes(need)} per accelerator, which has {memory}")
+        need, has = found.estimates[stage.name].memory, memory_of_a_rank(record, stage)
+        if has is not None and need is not None and stage.resources.gpus_per_node and need > has:
+            said.append(
+                f"{stage.name} is estimated to need {shown_bytes(need)} per accelerator, which has {shown_bytes(has)}"
+            )
         for _, source in dataset_inputs(record, stage) if stage.type == "kto" else ():
-            parameters = Kto.model_validate({key: value for key, value in stage.parameters.items() if key != "seed"})
+            parameters = Kto.model_validate(own_parameters(stage.parameters))
             labels = found.datasets[source.name.removeprefix("dataset/")].splits["train"].labels
             if (advice := labels.advice(parameters)) is not None:
                 said.append(f"{stage.name}: {advice}")

@@ -12,16 +12,17 @@ from plumbline_trainer.engine.distributed import joined_ranks
 from plumbline_trainer.engine.fisher import hold_weights
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.objective import TokenLikelihood
+from plumbline_trainer.engine.recomputation import recomputes
+from plumbline_trainer.engine.reference_pass import kl_reference
 from plumbline_trainer.engine.schedule import plan_steps
 from plumbline_trainer.engine.scorer import Scorer, prepare_modes
 from plumbline_trainer.engine.trained import (
+    load_start,
     make_trainable,
     report_rows,
     save_policy,
     stage_parameters,
-    weights_precision,
 )
-from plumbline_trainer.models.policy import load_policy
 
 
 def run(context: StageContext) -> StageOutput | None:
@@ -30,9 +31,7 @@ def run(context: StageContext) -> StageOutput | None:
     training, lora = parameters.training, parameters.lora
     with joined_ranks(context.rank, context.world_size, context.device) as ranks:
         # Load
-        policy = load_policy(
-            context, context.input("model"), precision=weights_precision(parameters), device=context.device
-        )
+        policy = load_start(context, parameters)
         dataset, longest = context.input("dataset"), training.max_length
         encoded = encode_rows(load_rows(context, dataset, "train"), policy.tokenizer, method="text", max_length=longest)
         held_out = encode_rows(
@@ -57,10 +56,11 @@ def run(context: StageContext) -> StageOutput | None:
         # The model's weights are still those it starts from: only now does a resumed run take up its own.
         hold_weights(run, policy, parameters, seed, method="completion")
         run.resume()
+        reference = kl_reference(run, policy)
         prepare_modes(
             scorer,
             adapter_dropout=lora is not None and lora.dropout > 0,
-            gradient_checkpointing=training.gradient_checkpointing,
+            gradient_checkpointing=recomputes(run, reference),
         )
 
         # Loop
@@ -69,6 +69,7 @@ def run(context: StageContext) -> StageOutput | None:
             held_out,
             label_smoothing=parameters.label_smoothing or 0.0,
             kl=0.0 if parameters.kl is None else parameters.kl.coefficient,
+            kl_reference=reference,
         )
 
         # Save and report

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 from plumbline_api.methods import RewardModel
+from transformers import PreTrainedModel
 
 from plumbline_trainer.context import StageContext, StageOutput
-from plumbline_trainer.data.encode import encode_rows
-from plumbline_trainer.data.loading import load_rows
 from plumbline_trainer.engine.distributed import joined_ranks
-from plumbline_trainer.engine.loop import TrainingRun
+from plumbline_trainer.engine.preference_run import PreferenceRows, load_training_rows, open_run
 from plumbline_trainer.engine.ranking import RewardRanking
+from plumbline_trainer.engine.recomputation import recomputes
 from plumbline_trainer.engine.reward_pass import (
+    as_read_back,
     encode_held_out,
     measure_held_out,
     reward_config,
     round_as_stored,
     save_reward,
 )
-from plumbline_trainer.engine.schedule import plan_steps
 from plumbline_trainer.engine.scorer import prepare_modes
 from plumbline_trainer.engine.trained import (
-    make_trainable,
-    report_rows,
+    load_start,
     save_range_test,
     stage_parameters,
-    weights_precision,
 )
 from plumbline_trainer.engine.values import ValueScorer, fresh_heads
-from plumbline_trainer.models.policy import load_policy
 from plumbline_trainer.models.selection import module_names, refuse_unread_head
 
 
@@ -35,42 +32,33 @@ def run(context: StageContext) -> StageOutput | None:
     """Train on rows of two or more answers; the loss is the mean over rows. Nothing is dropped at random."""
     parameters, seed = stage_parameters(context, RewardModel)
     training, lora = parameters.training, parameters.lora
+
+    def with_heads(model: PreTrainedModel) -> ValueScorer:
+        return ValueScorer(model, fresh_heads(model, parameters.heads, seed), precision=training.precision)
+
     with joined_ranks(context.rank, context.world_size, context.device) as ranks:
         # Load
-        policy = load_policy(
-            context, context.input("model"), precision=weights_precision(parameters), device=context.device
-        )
-        dataset, longest = context.input("dataset"), training.max_length
-        encoded = encode_rows(
-            load_rows(context, dataset, "train"), policy.tokenizer, method="score", max_length=longest
-        )
-        held_out = encode_held_out(context, dataset, policy, longest)
-        report_rows(context, encoded, "training rows")
+        policy = load_start(context, parameters)
+        encoded = load_training_rows(context, policy, parameters, "score")
+        held_out = encode_held_out(context, context.input("dataset"), policy, training.max_length)
 
         # Build
         refuse_unread_head(module_names(policy.model), lora)
-        model = make_trainable(policy, lora, seed, freeze=parameters.freeze)
-        scorer = ValueScorer(model, fresh_heads(model, parameters.heads, seed), precision=training.precision)
-        plan = plan_steps(
-            [row.row_id for row in encoded.rows],
-            seed=seed,
-            global_batch=training.global_batch,
-            epochs=training.epochs,
-            max_steps=training.max_steps,
-        )
-        run = TrainingRun(context, ranks, scorer, plan, encoded.rows, training)
+        rows = PreferenceRows(encoded, held_out["evaluation"].rows)
+        run = open_run(context, ranks, policy, parameters, rows, seed, wrap=with_heads)
         run.resume()
-        prepare_modes(scorer, adapter_dropout=False, gradient_checkpointing=training.gradient_checkpointing)
+        prepare_modes(run.scorer, adapter_dropout=False, gradient_checkpointing=recomputes(run))
 
         # Loop
-        run.train(RewardRanking(centring=parameters.centring), held_out["evaluation"].rows)
+        run.train(RewardRanking(centring=parameters.centring), rows.held_out)
         if training.range_test is not None:
             return save_range_test(context, run) if ranks.is_main else None
 
         # Measure
         round_as_stored(policy, lora)
-        config = reward_config(run, scorer, parameters)
-        measured = measure_held_out(run, scorer, held_out)
+        reader = as_read_back(run, policy, lora)
+        config = reward_config(run, reader, parameters)
+        measured = measure_held_out(run, reader, held_out)
 
         # Save and report
-        return save_reward(context, run, scorer, policy, config, encoded, measured)
+        return save_reward(context, run, policy, config, encoded, measured)

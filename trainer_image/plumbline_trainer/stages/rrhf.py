@@ -8,9 +8,9 @@ from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.engine.distributed import joined_ranks
 from plumbline_trainer.engine.preference import RankedResponses
 from plumbline_trainer.engine.preference_run import load_preferences, open_run
+from plumbline_trainer.engine.recomputation import recomputes
 from plumbline_trainer.engine.scorer import prepare_modes
-from plumbline_trainer.engine.trained import save_policy, stage_parameters, weights_precision
-from plumbline_trainer.models.policy import load_policy
+from plumbline_trainer.engine.trained import load_start, save_policy, stage_parameters
 
 
 def run(context: StageContext) -> StageOutput | None:
@@ -18,17 +18,13 @@ def run(context: StageContext) -> StageOutput | None:
     parameters, seed = stage_parameters(context, Rrhf)
     with joined_ranks(context.rank, context.world_size, context.device) as ranks:
         # Load
-        policy = load_policy(
-            context, context.input("model"), precision=weights_precision(parameters), device=context.device
-        )
+        policy = load_start(context, parameters)
         rows = load_preferences(context, policy, parameters, "ranked")
 
         # Build
         run = open_run(context, ranks, policy, parameters, rows, seed)
         run.resume()
-        prepare_modes(
-            run.scorer, adapter_dropout=False, gradient_checkpointing=parameters.training.gradient_checkpointing
-        )
+        prepare_modes(run.scorer, adapter_dropout=False, gradient_checkpointing=recomputes(run))
 
         # Loop
         run.train(RankedResponses(sft_weight=parameters.sft_weight), rows.held_out)

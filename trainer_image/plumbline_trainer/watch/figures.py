@@ -87,11 +87,6 @@ def critic_figures(values: Tensor, returns: Tensor) -> dict[str, float]:
     return {"valueExplainedVariance": 1.0 - float((returns.double() - values.double()).var(correction=0)) / spread}
 
 
-def ratio_at_start(new: Tensor, old: Tensor) -> dict[str, float]:
-    """Mean |new ÷ old probability − 1| of log-probabilities [N] before the first update: both are the same weights."""
-    return {"ratioAtStart": _mean(((new.double() - old.double()).exp() - 1.0).abs())}
-
-
 def time_shares(*, generating: float, scoring: float, training: float) -> dict[str, float]:
     """Where the seconds of a step went; the shares add up to 1."""
     spent = {"timeGenerating": generating, "timeScoring": scoring, "timeTraining": training}

@@ -1,0 +1,95 @@
+"""What `make bench-trainer` measures in a process, and how. Standard library only: each peer's environment uses it too."""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+PPO_EPOCHS = 4
+"""Passes over a rollout, on both sides of ppo."""
+TEMPERATURE = 1.0
+"""Of sampling, on all sides."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to measure."""
+
+    side: str
+    """`ours`, `trl` (its best settings) or `trl-default`."""
+    method: str
+    profile: str
+    model: str
+    """Folder in Hugging Face layout."""
+    rows: int
+    global_batch: int
+    tokens_per_batch: int
+    batch: int
+    """Rows of trl's device batch."""
+    precision: str
+    threads: int
+    left_out: int
+    """First steps that are not counted."""
+    answers: int = 1
+    """Sampled for every prompt (ppo, grpo)."""
+    new_tokens: int = 0
+    """Tokens of every sampled answer; none ends before."""
+
+    @property
+    def stage(self) -> str:
+        """Stage type."""
+        return self.method.partition("-")[0]
+
+    @property
+    def answers_per_step(self) -> int:
+        """What trl counts in an optimizer step: pairs for DPO, answers for KTO and where they are sampled."""
+        return self.global_batch * (2 if self.method == "kto-pairs" else self.answers)
+
+
+@dataclass
+class Measured:
+    """What one run took."""
+
+    rows_per_second: float
+    tokens_per_second: float
+    """Tokens of the rows, each prompt once: the same count on both sides."""
+    reference_seconds: float
+    step_seconds: list[float]
+    peak_bytes: int
+    base_bytes: int
+    """Resident after imports and weights."""
+    operations: float
+    """Of the whole run, reference pass included."""
+    losses: list[float]
+
+
+class Clock:
+    """Ends of steps, and memory from the moment the model is loaded."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        self.base = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        self.reference = 0.0
+        self.marks: list[float] = []
+
+    def mark(self) -> None:
+        """A step ends here, or the first one begins."""
+        self.marks.append(time.perf_counter())
+
+    def result(self, task: Task, tokens: int, operations: float, losses: list[float]) -> Measured:
+        """What the run took; `tokens` are those of all its rows."""
+        steps = [end - start for start, end in zip(self.marks, self.marks[1:], strict=False)]
+        counted = task.rows - task.left_out * task.global_batch
+        seconds = self.reference / task.rows + sum(steps[task.left_out :]) / counted
+        peak = _status("VmHWM")
+        return Measured(
+            1 / seconds, tokens / task.rows / seconds, self.reference, steps, peak, self.base, operations, losses
+        )
+
+
+def _status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024

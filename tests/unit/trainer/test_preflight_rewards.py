@@ -1,0 +1,102 @@
+"""What preflight says of rewards, before anything has asked for an accelerator."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from plumbline_trainer.rewards.functions import source_digest
+from support import tiny
+from support.preflighting import pipeline, plan_of, preflight
+from support.trainer import LocalPipeline, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    folder = tmp_path / "image"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+    before = set(sys.modules)
+    yield folder
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def online(folder: Path, model: Path, *rewards: dict[str, Any], prompts: str = "q") -> LocalPipeline:
+    write_jsonl(folder / "asked.jsonl", [{"prompt": f"Say {n}"} for n in range(12)])
+    training = {"globalBatch": 4, "maxLength": 64, "maxSteps": 2}
+    stage = {
+        "name": "rl",
+        "grpo": {
+            "prompts": prompts,
+            "rewards": list(rewards),
+            "training": training,
+            "rollout": {"maxNewTokens": 16},
+            "lora": {"rank": 4},
+        },
+    }
+    others = ({"name": "asked", "source": f"file://{folder}/asked.jsonl"},)
+    return pipeline(folder, model, [stage], others=others)
+
+
+def classifier(folder: Path, labels: int) -> Path:
+    tokenizer = tiny.make_tokenizer()
+    config = tiny.make_config("llama", tokenizer)
+    config.num_labels = labels
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+def test_everything_that_scores_is_pinned(tmp_path: Path, model: Path, modules: Path) -> None:
+    (modules / "kindness.py").write_text("def score(prompts, answers, references):\n    return [0.0] * len(answers)\n")
+    scorer = classifier(tmp_path / "rm", 1)
+    made = online(
+        tmp_path, model, {"function": "kindness:score"}, {"model": f"file://{scorer}"}, {"rule": "exactMatch"}
+    )
+    result, code = preflight(made)
+    assert code == 0, result.message
+    pins = {item["name"]: item["digest"] for item in plan_of(made)["inputs"]}
+    assert pins["function/kindness:score"] == source_digest("kindness:score")
+    assert len(pins["reward/rl/1"]) == 64
+    run = made.stage("rl")
+    assert {item.role: item.kind for item in run.inputs}["rewards.0.function"] == "function"
+    assert {item.role: item.kind for item in run.inputs}["rewards.1.model"] == "classifier"
+
+
+def test_every_reward_that_cannot_work_is_told_at_once(tmp_path: Path, model: Path) -> None:
+    scorer = classifier(tmp_path / "three", 3)
+    made = online(
+        tmp_path,
+        model,
+        {"function": "absent_kit.rewards:score"},
+        {"model": f"file://{scorer}"},
+        {"rule": "jsonSchema", "schema": '{"type": "set"}'},
+    )
+    result, code = preflight(made)
+    assert code == 2
+    lines = result.message.splitlines()
+    assert any('reward function "absent_kit.rewards:score": there is no module absent_kit' in line for line in lines)
+    here = "spec.stages[0].grpo.rewards"
+    assert any(f"{here}[1].model: " in line and "3 labels; a reward is one number" in line for line in lines)
+    assert any(f"{here}[2].schema: is not a JSON schema" in line for line in lines)
+
+
+@pytest.mark.parametrize(("reward", "field"), [({"metric": "bleu"}, "metric"), ({"rule": "numericMatch"}, "rule")])
+def test_rows_that_turn_out_to_have_no_answers_are_refused(
+    tmp_path: Path, model: Path, reward: dict[str, Any], field: str
+) -> None:
+    """Their format is auto, so that nothing could be said before they were read."""
+    result, code = preflight(online(tmp_path, model, reward, prompts="asked"))
+    assert code == 2
+    assert f"spec.stages[0].grpo.rewards[0].{field}: {reward[field]} compares with the answer" in result.message
+    assert '"asked" holds prompts without answers' in result.message
