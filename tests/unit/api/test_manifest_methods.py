@@ -63,6 +63,41 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"stages": retyped(2, simpo={"dataset": "prefs", "gamma": -1})},
         ["spec.stages[2].simpo.gamma: -1 is too small; it must be at least 0"],
     ),
+    "awr on preference rows": (
+        {"stages": retyped(2, awr={"dataset": "prefs"})},
+        [
+            'spec.stages[2].awr.dataset: "prefs" holds preference rows (prompt, chosen, rejected); awr needs ranked rows '
+            "(prompt, completions) or scored rows (prompt, completion, score). Datasets that fit: none"
+        ],
+    ),
+    "more winners than answers": (
+        {
+            "stages": retyped(
+                2, bestOfN={"prompts": "tickets", "rewards": [{"rule": "length"}], "answers": 2, "keep": 3}
+            )
+        },
+        ["spec.stages[2].bestOfN: keep (3) is more than answers (2); lower it, or raise answers"],
+    ),
+    "best of n without held-out prompts to compare on": (
+        {
+            "stages": retyped(
+                2,
+                bestOfN={
+                    "prompts": "tickets",
+                    "rewards": [{"rule": "length"}],
+                    "training": {"earlyStopping": {}, "evaluateEverySteps": 5},
+                },
+            )
+        },
+        [
+            'spec.stages[2].bestOfN.training.earlyStopping: "tickets" has no evaluation split to compare on. '
+            "Set spec.datasets[1].split.evaluation (such as 0.1)"
+        ],
+    ),
+    "an expectile that is the best score": (
+        {"stages": retyped(2, awr={"dataset": "prefs", "expectile": 1})},
+        ["spec.stages[2].awr.expectile: 1 is too large; it must be below 1"],
+    ),
     "unknown loss": (
         {"stages": stages_with(2, dpo={"dataset": "prefs", "loss": "ipo_sum"})},
         [

@@ -65,4 +65,4 @@ def test_the_second_round_begins_where_the_first_one_ended(tmp_path: Path) -> No
         assert all(len(row["responses"]) == 8 for row in rows)
         assert any(answer.get("label") == "chosen" for row in rows for answer in row["responses"])
     [report] = folder.glob("runs/default/pipelines/best-of-n/*/report.html")
-    assert "mean score of each prompt's best" in report.read_text().replace("&#39;", "'")
+    assert "reward of each prompt's best answer" in report.read_text().replace("&#39;", "'")

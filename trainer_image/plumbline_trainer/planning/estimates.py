@@ -75,7 +75,7 @@ def estimate(
         shares = [item.share for item in getattr(parameters, "rehearsal", None) or ()]
         plan = plan_steps(
             # At most so many winners of each prompt are trained on.
-            _names(rows, training.max_length) * getattr(parameters, "keep", 1),
+            _names(rows, training.max_length, getattr(parameters, "keep", 1)),
             seed=0,
             global_batch=training.global_batch,
             epochs=training.epochs,
@@ -157,8 +157,8 @@ def _online(
     return Estimate(steps, tokens, total, gpu_hours)
 
 
-def _names(rows: SplitFindings, max_length: int) -> list[str]:
-    return [str(number) for number in range(rows.sequences(max_length))]
+def _names(rows: SplitFindings, max_length: int, times: int = 1) -> list[str]:
+    return [str(number) for number in range(rows.sequences(max_length) * times)]
 
 
 def _mean_tokens(stage: StageRecord, rows: SplitFindings, max_length: int) -> float:

@@ -13,9 +13,8 @@ from plumbline_trainer.engine.distributed import joined_ranks
 from plumbline_trainer.engine.preference_run import PreferenceRows, open_run
 from plumbline_trainer.engine.recomputation import recomputes
 from plumbline_trainer.engine.scorer import prepare_modes
-from plumbline_trainer.engine.trained import report_rows, save_policy, stage_parameters, weights_precision
+from plumbline_trainer.engine.trained import load_start, report_rows, save_policy, stage_parameters
 from plumbline_trainer.engine.weighted import WeightedAnswers, weigh_answers
-from plumbline_trainer.models.policy import load_policy
 
 
 def run(context: StageContext) -> StageOutput | None:
@@ -23,9 +22,7 @@ def run(context: StageContext) -> StageOutput | None:
     parameters, seed = stage_parameters(context, Awr)
     with joined_ranks(context.rank, context.world_size, context.device) as ranks:
         # Load
-        policy = load_policy(
-            context, context.input("model"), precision=weights_precision(parameters), device=context.device
-        )
+        policy = load_start(context, parameters)
         dataset, longest = context.input("dataset"), parameters.training.max_length
         encoded, held_out = (
             encode_rows(

@@ -24,6 +24,7 @@ def run(context: StageContext) -> StageOutput | None:
     training = parameters.training
     with joined_ranks(context.rank, context.world_size, context.device) as ranks:
         # Load
+        # On its device also where it will be held in four bits: it answers before it is trained.
         policy = load_policy(
             context, context.input("model"), precision=weights_precision(parameters), device=context.device
         )
