@@ -77,7 +77,20 @@ def test_a_prompt_counts_once_for_all_answers_of_its_row(
 @pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["full", "lora"])
 def test_shares_of_sharded_weights_are_what_eight_ranks_keep(tmp_path: Path, model: Path, lora: Any) -> None:
     """The more of a model is layers, the nearer its memory comes to an eighth."""
-    facts = ModelFacts("M", 8_000_000_000, 32, 4096, 14336, 32, 8, 128, 128_000, None, "bfloat16", True)
+    facts = ModelFacts(
+        architecture="M",
+        parameters=8_000_000_000,
+        layers=32,
+        hidden=4096,
+        intermediate=14336,
+        heads=32,
+        key_value_heads=8,
+        head_size=128,
+        vocabulary=128_000,
+        context_length=None,
+        storage_dtype="bfloat16",
+        has_chat_template=True,
+    )
     stage = {"dataset": "q", "training": {"precision": "bfloat16", "gradientCheckpointing": True}}
     made = pipeline(tmp_path, model, [{"name": "sft", "sft": stage | ({"lora": lora} if lora else {})}])
     record = made.record.stage("sft")
