@@ -12,6 +12,7 @@ from plumbline_api.training import Training
 
 from plumbline_trainer.context import StageContext
 from plumbline_trainer.data.encode import Encoded
+from plumbline_trainer.engine.accumulation import Measured, accumulate
 from plumbline_trainer.engine.ahead import FirstBatches
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.layers import layer_depths
@@ -273,28 +274,24 @@ class TrainingRun:
 
     def _accumulate(self, objective: Objective, rows: Sequence[Encoded]) -> dict[str, float]:
         """Gradients of a step's mean loss on this rank's share, and the step's means over all ranks."""
-        size = sum(objective.size(row) for row in rows) or 1.0
-        lengths = [packed_length(row) for row in rows]
-        shares = cut_step(lengths, budget=self.training.tokens_per_batch, ranks=self.ranks.size)
-        sums: dict[str, float] = {}
-        for number, members in enumerate(shares[self.ranks.rank]):
+        tokens = self.training.tokens_per_batch
+
+        def measure(number: int, batch: PackedBatch) -> Measured:
             # Only an adapter's dropout draws from it.
             torch.manual_seed(random_key(self.plan.seed, "dropout", self.state.step, self.ranks.rank, number))
-            batch = pack([rows[index] for index in members] or [dummy_of(rows[0])], self.ranks.device)
-            if number == 0 and isinstance(objective, LooksAhead):
+            looks_ahead = number == 0 and isinstance(objective, LooksAhead)
+            if looks_ahead:
                 batch = keeping(batch)
-                scored = self._score(batch)
+            scored = self._score(batch)
+            if looks_ahead and isinstance(objective, LooksAhead):
+                shares = cut_step([packed_length(row) for row in rows], budget=tokens, ranks=self.ranks.size)
                 first = [share[0] for share in shares]
-                objective.look_ahead(
-                    rows, FirstBatches(self.scorer, self.ranks, batch, first, self.training.tokens_per_batch)
-                )
-            else:
-                scored = self._score(batch)
+                objective.look_ahead(rows, FirstBatches(self.scorer, self.ranks, batch, first, tokens))
             found = self._sums(objective, batch, scored)
-            torch.autograd.backward((found["loss"] + self._kl * found.get("kl", 0.0)) / size)
-            for name, value in found.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach())
-        return {name: value / size for name, value in self.ranks.sum_floats(sums).items()}
+            return found["loss"] + self._kl * found.get("kl", 0.0), found
+
+        size = sum(objective.size(row) for row in rows) or 1.0
+        return accumulate(rows, measure, size=size, tokens_per_batch=tokens, ranks=self.ranks)
 
     def _score(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scores of a micro-batch, with divergences beside them where `kl` asks for them."""

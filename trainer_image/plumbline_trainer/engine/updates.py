@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from plumbline_trainer.data.encode import Encoded
-from plumbline_trainer.engine.accumulation import accumulate
+from plumbline_trainer.engine.accumulation import Measured, accumulate
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.experience import Experience
 from plumbline_trainer.engine.online_state import Trained
-from plumbline_trainer.engine.packing import PackedBatch, dummy_of
+from plumbline_trainer.engine.packing import PackedBatch
 from plumbline_trainer.engine.policy_gradient import PolicyObjective, ValueObjective
 from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.engine.scoring import score_entropies, score_rows
@@ -82,14 +82,14 @@ def update(
         RuntimeError: if the policy before its first update is not the one that sampled.
     """
     scorer = policy.scorer
-    settings: dict[str, Any] = {"tokens_per_batch": tokens_per_batch, "ranks": ranks, "dummy": dummy_of}
+    settings: dict[str, Any] = {"tokens_per_batch": tokens_per_batch, "ranks": ranks}
 
-    def policy_sums(batch: PackedBatch) -> dict[str, Tensor]:
-        if objective.needs_entropy:
-            return objective.sums(batch, *scorer.with_entropy(batch))
-        return objective.sums(batch, scorer(batch), None)
+    def of_policy(_number: int, batch: PackedBatch) -> Measured:
+        scores, entropies = scorer.with_entropy(batch) if objective.needs_entropy else (scorer(batch), None)
+        found = objective.sums(batch, scores, entropies)
+        return found["loss"], found
 
-    means = accumulate(rows, policy_sums, size=objective.size(rows), **settings)
+    means = accumulate(rows, of_policy, size=objective.size(rows), **settings)
     if is_first and not means["ratioGap"] <= RATIO_TOLERANCES[scorer.precision]:
         raise RuntimeError(
             f"before the first update on a rollout new and old probabilities differ by {means['ratioGap']:.2g} in the "
@@ -100,13 +100,12 @@ def update(
     _refuse_no_number(means, ("loss", "gradientNorm"), iteration)
     if critic is not None and value_objective is not None:
         values = critic.scorer
-        found = accumulate(
-            rows,
-            lambda batch: value_objective.sums(batch, values(batch)[:, 0]),
-            size=value_objective.size(rows),
-            **settings,
-        )
-        del found["loss"]
+
+        def of_critic(_number: int, batch: PackedBatch) -> Measured:
+            found = value_objective.sums(batch, values(batch)[:, 0])
+            return found.pop("loss"), found
+
+        found = accumulate(rows, of_critic, size=value_objective.size(rows), **settings)
         found["criticGradientNorm"] = critic.optimizer.step(ranks)
         _refuse_no_number(found, ("valueLoss", "criticGradientNorm"), iteration)
         means |= found
