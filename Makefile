@@ -14,7 +14,7 @@ CLUSTER := PYTHONPATH=tests $(BIN)/python -m cluster
 export UV_CACHE_DIR ?= $(CACHE)/uv
 export UV_SYSTEM_CERTS ?= 1
 
-.PHONY: help quickstart test test-unit check gen image cluster-up cluster-quickstart cluster-down e2e bench bench-trainer lock format clean
+.PHONY: help quickstart test test-unit check gen image cluster-up cluster-quickstart cluster-down e2e bench bench-trainer rlhf lock format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -83,6 +83,10 @@ e2e: $(VENV)/.dev ## Tests on the real node with real images, S3 and Helm
 
 bench: $(VENV)/.dev ## Measure hand-over, operator memory, checkpoint transfer, rollouts and the quickstart
 	$(BIN)/python -m tests.bench
+
+rlhf: $(VENV)/.run ## Run the RLHF example on the real model (a quarter of an hour on two cores) and draw its curves
+	$(BIN)/plumbline run examples/09-rlhf/pipeline.yaml --storage $(STORAGE)
+	$(BIN)/python hack/rlhf_curves.py $(STORAGE)
 
 bench-trainer: $(VENV)/.dev $(PPO_PEER)/.made ## Measure the training engine beside trl; BENCH="--methods dpo --rows 32" asks for less
 	$(BIN)/python -m tests.bench.trainer $(BENCH)
