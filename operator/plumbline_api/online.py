@@ -286,8 +286,8 @@ class Ppo(OnlineStage):
 class Grpo(OnlineStage):
     """Group-relative policy optimisation (Shao et al. 2024): an answer against the others to its prompt, no critic."""
 
-    kl: KlPenalty = KlPenalty(coefficient=0.0, estimator="k3")
-    """Distance to the reference, here a term of the loss."""
+    kl: KlPenalty = KlPenalty(coefficient=0.0, estimator="k2")
+    """Distance to the reference, here a term of the loss: of the estimators, only the gradient of k2 is that of KL."""
     answers: Annotated[int, Field(ge=2, le=256)] = 8
     """Answers per prompt."""
     update_epochs: Annotated[int, Field(ge=1, le=100)] = 1
