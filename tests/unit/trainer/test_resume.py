@@ -49,6 +49,15 @@ EVERYTHING = {
 }
 
 
+SAMPLING = {
+    "rewards": [{"rule": "keywords", "keywords": ["a", "e"], "normalize": True}],
+    "rollout": {"maxNewTokens": 6},
+    "answers": 2,
+    "miniBatches": 2,
+    "kl": {"coefficient": 0.1, "target": 1.0, "horizon": 100},
+}
+
+
 def digest_of(folder: Path) -> str:
     state = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
@@ -230,7 +239,7 @@ class TestInProcess:
 def newest_checkpoint(run: StageRun, folder: Path) -> int:
     """Step of the newest committed checkpoint; 0 where there is none."""
     root = Path(stage_context(folder / "look", run).run_root.removeprefix("file://")) / "checkpoints"
-    found = [int(path.parent.name.partition("-")[0]) for path in root.glob("*/manifest.json")]
+    found = [int(path.parent.name[:8]) for path in root.glob("*/manifest.json")]
     return max(found, default=0)
 
 
@@ -244,11 +253,11 @@ def wait_for_checkpoint(process: subprocess.Popen[str], run: StageRun, folder: P
 
 
 def last_step_said(output: str) -> int:
-    return max((int(found) for found in re.findall(r"step (\d+)/\d+  loss", output)), default=0)
+    return max((int(found) for found in re.findall(r"(?:step|iteration) (\d+)/\d+  (?:loss|reward)", output)), default=0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "type_"), [(1, "sft"), (2, "dpo")])
+@pytest.mark.parametrize(("processes", "type_"), [(1, "sft"), (2, "dpo"), (1, "ppo")])
 def test_through_the_launcher(tmp_path: Path, processes: int, type_: str) -> None:
     """Killed, then stopped, then left alone: three attempts end with the bits of one."""
     settings: dict[str, Any] = {
@@ -261,6 +270,8 @@ def test_through_the_launcher(tmp_path: Path, processes: int, type_: str) -> Non
         "checkpointEverySteps": 3,
         "processes": processes,
     }
+    if type_ == "ppo":
+        settings |= {"stage": SAMPLING, "epochs": 20, "maxSteps": 120, "maxLength": 64}
     whole_run = training_run(tmp_path / "whole", type_, **settings)
     total = run_ranks(tmp_path / "whole", whole_run).last_step
     assert total is not None
@@ -299,5 +310,6 @@ def test_through_the_launcher(tmp_path: Path, processes: int, type_: str) -> Non
     assert second_steps > 0
     assert total <= first_steps + second_steps + total - ended.result.first_step < 2 * total
     assert digest_of(output_folder(third)) == digest_of(output_folder(whole_run))
-    for name in ("loss", "evalLoss", "evalLossStart", "gradientNorm", "tokens"):
+    held_out = "evalReward" if type_ == "ppo" else "evalLoss"
+    for name in ("loss", held_out, f"{held_out}Start", "gradientNorm", "tokens"):
         assert manifest_of(third).metrics[name] == manifest_of(whole_run).metrics[name]
