@@ -57,10 +57,10 @@ def measure_ours(task: Task) -> Measured:
     with tempfile.TemporaryDirectory() as place:
         folder, model = Path(place), base_model(Path(task.model).as_uri())
         context = stage_context(folder, stage_run(folder, task.method, parameters=parameters, inputs=[model]))
-        originals = {name: getattr(stage, name) for name in ("load_policy", "load_prompts", "open_run", "save_learner")}
+        originals = {name: getattr(stage, name) for name in ("load_start", "load_prompts", "open_run", "save_learner")}
 
-        def load_policy(*arguments: Any, **named: Any) -> Any:
-            policy = originals["load_policy"](*arguments, **named)
+        def load_start(*arguments: Any, **named: Any) -> Any:
+            policy = originals["load_start"](*arguments, **named)
             held["vocabulary"] = policy.model.config.get_text_config().vocab_size
             held["clock"] = Clock()
             # No token ends an answer: every one has its full length, as on the other side.
@@ -91,7 +91,7 @@ def measure_ours(task: Task) -> Measured:
             return run
 
         replacements = {
-            "load_policy": load_policy,
+            "load_start": load_start,
             "load_prompts": load_prompts,
             "open_run": open_run,
             "save_learner": lambda *_: None,

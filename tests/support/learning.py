@@ -13,6 +13,7 @@ from plumbline_api.online import ONLINE_STAGES
 from plumbline_trainer.data.encode import Encoded, EncodedRows
 from plumbline_trainer.data.rows import Message, Row
 from plumbline_trainer.engine.accumulation import accumulate
+from plumbline_trainer.engine.critic import Critic
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.experience import Experience
 from plumbline_trainer.engine.loop import dummy_of
@@ -164,10 +165,10 @@ def stage_objectives(
         rows = {row.row_id: Row(row.row_id, row.group, (Message("user", ""),), ()) for row in encoded}
         return Prompts(EncodedRows(encoded), [], rows, own.tokenizer)
 
-    def open_critic(*arguments: Any) -> ValueScorer:
-        made: ValueScorer = originals["open_critic"](*arguments)
-        made.model.base_model.load_state_dict(critic.base_model.state_dict())
-        made.heads.weight.data = critic.score.weight.detach().clone()
+    def open_critic(*arguments: Any) -> Critic:
+        made: Critic = originals["open_critic"](*arguments)
+        made.scorer.model.base_model.load_state_dict(critic.base_model.state_dict())
+        made.scorer.heads.weight.data = critic.score.weight.detach().clone()
         return made
 
     def open_run(*arguments: Any) -> Any:

@@ -253,7 +253,9 @@ def wait_for_checkpoint(process: subprocess.Popen[str], run: StageRun, folder: P
 
 
 def last_step_said(output: str) -> int:
-    return max((int(found) for found in re.findall(r"(?:step|iteration) (\d+)/\d+  (?:loss|reward)", output)), default=0)
+    return max(
+        (int(found) for found in re.findall(r"(?:step|iteration) (\d+)/\d+  (?:loss|reward)", output)), default=0
+    )
 
 
 @pytest.mark.slow

@@ -272,6 +272,10 @@ class TrainingRun:
         if not finite or diverges([loss for _, loss in self.state.sweep]):
             self.state.ended = f"the loss diverged at a learning rate of {rate:.2g}"
 
+    @property
+    def _is_sharded(self) -> bool:
+        return self.training.sharding == "full" and self.ranks.size > 1
+
     def _accumulate(self, objective: Objective, rows: Sequence[Encoded]) -> dict[str, float]:
         """Gradients of a step's mean loss on this rank's share, and the step's means over all ranks."""
         tokens = self.training.tokens_per_batch
@@ -280,6 +284,10 @@ class TrainingRun:
             # Only an adapter's dropout draws from it.
             torch.manual_seed(random_key(self.plan.seed, "dropout", self.state.step, self.ranks.rank, number))
             looks_ahead = number == 0 and isinstance(objective, LooksAhead)
+            if looks_ahead and isinstance(objective, LooksAhead) and self._is_sharded:
+                # Ranks would make unlike numbers of calls between the first one and its backward pass.
+                objective.look_ahead(rows)
+                looks_ahead = False
             if looks_ahead:
                 batch = keeping(batch)
             scored = self._score(batch)

@@ -13,7 +13,7 @@ from torch import Tensor
 from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.models.combining import Account, Recipe, combine
-from plumbline_trainer.models.loading import torch_dtype
+from plumbline_trainer.models.loading import place_weights, torch_dtype
 from plumbline_trainer.models.merging import LOST_PART_WARNING, stored_weights, weights_digest
 from plumbline_trainer.models.parts import Part, check_fit, set_aside
 from plumbline_trainer.models.policy import Policy, load_policy, policy_meta
@@ -41,7 +41,7 @@ def merge_chain(context: StageContext, merge: Merge) -> StageOutput:
 
     # Save
     context.progress.update(1, 3, "writing weights")
-    policy.model.to(torch_dtype(dtype))
+    place_weights(policy.model, dtype, "cpu")
     folder = context.scratch / "output"
     save_full(policy.model, policy.tokenizer, folder, dtype)
     context.progress.update(2, 3, "checking weights")
@@ -110,7 +110,7 @@ def merge_models(context: StageContext, merge: Merge, method: str, seed: int) ->
         **{name: default if read[name] is None else read[name] for name, default in MERGE_DEFAULTS[method].items()},
     )
     account = Account()
-    policy.model.to(torch_dtype(dtype))
+    place_weights(policy.model, dtype, "cpu")
     distances = _combine_into(policy, recipe, base, models, dtype, account)
 
     # Save
