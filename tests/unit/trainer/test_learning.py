@@ -73,10 +73,10 @@ class TestHacking:
     """Longer is better, says the reward; the gold one wants the right answer, which is short."""
 
     REWARDS = [{"rule": "length", "weight": 0.1}, {"rule": "exactMatch", "gold": True}]
-    FIELDS = {**METHODS["grpo"], "rollout": {"maxNewTokens": 24}}
+    FIELDS = {**METHODS["grpo"], "rollout": {"maxNewTokens": 12}}
 
     def test_the_monitors_see_it(self, learner: Learner) -> None:
-        run = learning_run(learner, "grpo", seed=1, rewards=self.REWARDS, fields=self.FIELDS, steps=30)
+        run = learning_run(learner, "grpo", seed=1, rewards=self.REWARDS, fields=self.FIELDS, steps=20)
         metrics = metrics_of(learner, run, "hacked")
         assert metrics["reward"] > 2 * metrics["rewardStart"]
         found = json.loads((output_folder(run) / MONITORS_FILE).read_text())
