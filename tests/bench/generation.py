@@ -38,9 +38,9 @@ BATCHES = (2, 4, 8)
 class Size:
     """How much is generated."""
 
-    prompts: int = 16
+    prompts: int = 8
     answers: int = 8
-    max_new_tokens: int = 64
+    max_new_tokens: int = 32
     runs: int = 3
 
 
