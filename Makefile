@@ -84,7 +84,7 @@ e2e: $(VENV)/.dev ## Tests on the real node with real images, S3 and Helm
 bench: $(VENV)/.dev ## Measure hand-over, operator memory, checkpoint transfer, rollouts and the quickstart
 	$(BIN)/python -m tests.bench
 
-rlhf: $(VENV)/.run ## Run the RLHF example on the real model (a quarter of an hour on two cores) and draw its curves
+rlhf: $(VENV)/.run ## Run the RLHF example on the real model and draw its curves; 36 minutes on two busy cores
 	$(BIN)/plumbline run examples/09-rlhf/pipeline.yaml --storage $(STORAGE)
 	$(BIN)/python hack/rlhf_curves.py $(STORAGE)
 
