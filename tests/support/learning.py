@@ -12,15 +12,16 @@ import torch
 from plumbline_api.online import ONLINE_STAGES
 from plumbline_trainer.data.encode import Encoded, EncodedRows
 from plumbline_trainer.data.rows import Message, Row
-from plumbline_trainer.engine.accumulation import accumulate
+from plumbline_trainer.engine.accumulation import Measured, accumulate
 from plumbline_trainer.engine.critic import Critic
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.experience import Experience
-from plumbline_trainer.engine.loop import dummy_of
+from plumbline_trainer.engine.packing import PackedBatch
 from plumbline_trainer.engine.policy_gradient import PolicyObjective, ValueObjective
 from plumbline_trainer.engine.prompts import Prompts
 from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.engine.scoring import score_rows
+from plumbline_trainer.engine.updates import measure_critic, measure_policy
 from plumbline_trainer.engine.values import ValueHeads, ValueScorer, score_values
 from plumbline_trainer.rewards.combining import Scored
 from plumbline_trainer.rollout.interface import Sampled
@@ -67,22 +68,24 @@ def values_of(scorer: ValueScorer, experience: Experience) -> Tensor:
 
 def policy_update(scorer: Scorer, experience: Experience, objective: PolicyObjective) -> dict[str, float]:
     """The stage's own figures of an update; gradients are left at the parameters."""
-    return _update(scorer, experience, objective, lambda batch: objective.sums(batch, scorer(batch), None))
+    return _update(scorer, experience, objective, measure_policy(scorer, objective))
 
 
 def value_update(scorer: ValueScorer, experience: Experience, objective: ValueObjective) -> dict[str, float]:
     """The same of the critic."""
-    return _update(scorer, experience, objective, lambda batch: objective.sums(batch, scorer(batch)[:, 0]))
+    return _update(scorer, experience, objective, measure_critic(scorer, objective))
 
 
 def _update(
-    scorer: Scorer, experience: Experience, objective: PolicyObjective | ValueObjective, sums: Callable[..., Any]
+    scorer: Scorer,
+    experience: Experience,
+    objective: PolicyObjective | ValueObjective,
+    measure: Callable[[int, PackedBatch], Measured],
 ) -> dict[str, float]:
     for parameter in scorer.parameters():
         parameter.grad = None
     rows = experience.all_rows
-    size = objective.size(rows)
-    return accumulate(rows, sums, size=size, tokens_per_batch=BUDGET, ranks=Ranks(), dummy=dummy_of)
+    return accumulate(rows, measure, size=objective.size(rows), tokens_per_batch=BUDGET, ranks=Ranks())
 
 
 def descend(scorer: Scorer, rate: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -83,13 +83,7 @@ def update(
     """
     scorer = policy.scorer
     settings: dict[str, Any] = {"tokens_per_batch": tokens_per_batch, "ranks": ranks}
-
-    def of_policy(_number: int, batch: PackedBatch) -> Measured:
-        scores, entropies = scorer.with_entropy(batch) if objective.needs_entropy else (scorer(batch), None)
-        found = objective.sums(batch, scores, entropies)
-        return found["loss"], found
-
-    means = accumulate(rows, of_policy, size=objective.size(rows), **settings)
+    means = accumulate(rows, measure_policy(scorer, objective), size=objective.size(rows), **settings)
     if is_first and not means["ratioGap"] <= RATIO_TOLERANCES[scorer.precision]:
         raise RuntimeError(
             f"before the first update on a rollout new and old probabilities differ by {means['ratioGap']:.2g} in the "
@@ -99,17 +93,33 @@ def update(
     means["gradientNorm"] = policy.optimizer.step(ranks)
     _refuse_no_number(means, ("loss", "gradientNorm"), iteration)
     if critic is not None and value_objective is not None:
-        values = critic.scorer
-
-        def of_critic(_number: int, batch: PackedBatch) -> Measured:
-            found = value_objective.sums(batch, values(batch)[:, 0])
-            return found.pop("loss"), found
-
-        found = accumulate(rows, of_critic, size=value_objective.size(rows), **settings)
+        measured = measure_critic(critic.scorer, value_objective)
+        found = accumulate(rows, measured, size=value_objective.size(rows), **settings)
         found["criticGradientNorm"] = critic.optimizer.step(ranks)
         _refuse_no_number(found, ("valueLoss", "criticGradientNorm"), iteration)
         means |= found
     return means
+
+
+def measure_policy(scorer: Scorer, objective: PolicyObjective) -> Callable[[int, PackedBatch], Measured]:
+    """What an update of the policy minimises over a micro-batch, for `accumulate`."""
+
+    def measure(_number: int, batch: PackedBatch) -> Measured:
+        scores, entropies = scorer.with_entropy(batch) if objective.needs_entropy else (scorer(batch), None)
+        found = objective.sums(batch, scores, entropies)
+        return found["loss"], found
+
+    return measure
+
+
+def measure_critic(scorer: Scorer, objective: ValueObjective) -> Callable[[int, PackedBatch], Measured]:
+    """The same of the critic."""
+
+    def measure(_number: int, batch: PackedBatch) -> Measured:
+        found = objective.sums(batch, scorer(batch)[:, 0])
+        return found.pop("loss"), found
+
+    return measure
 
 
 def _refuse_no_number(means: dict[str, float], names: tuple[str, ...], iteration: int) -> None:
