@@ -18,6 +18,7 @@ from plumbline_api.quantities import parse_duration
 from plumbline_api.record import ExternalInput, InputRef, PipelineIdentity, RunRecord, StageRecord
 from plumbline_api.runtime import AlignmentRuntime, RewardEndpoint
 from plumbline_api.stages import MERGE_DEFAULTS, STAGE_TYPES, Stage
+from plumbline_api.training import TOKENS_ON_ACCELERATOR, TOKENS_ON_CPU
 
 
 def resolve(
@@ -182,7 +183,7 @@ def _abort_gate(stage: Stage) -> list[Gate]:
 
 
 def _effective_parameters(stage: Stage, *, seed: int, accelerated: bool) -> dict[str, Any]:
-    """The stage's parameters with seed, precision, learning rate and LoRA scale resolved; parsed again by the same model."""
+    """The stage's parameters with what is left to defaults resolved; parsed again by the same model."""
     parameters: dict[str, Any] = stage.value.to_wire()
     parameters["seed"] = seed
     if stage.abort_when:
@@ -192,6 +193,7 @@ def _effective_parameters(stage: Stage, *, seed: int, accelerated: bool) -> dict
         training = parameters["training"]
         with_lora, full = DEFAULT_LEARNING_RATES[stage.type]
         training.setdefault("learningRate", with_lora if "lora" in parameters else full)
+        training.setdefault("tokensPerBatch", TOKENS_ON_ACCELERATOR if accelerated else TOKENS_ON_CPU)
         if training["precision"] == "auto":
             training["precision"] = precision
     if isinstance(stage.value, Ppo):

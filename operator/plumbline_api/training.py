@@ -13,6 +13,10 @@ PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Precision = Literal["auto", "float32", "bfloat16"]
 ModuleName = Annotated[str, Field(min_length=1, max_length=128)]
+TOKENS_ON_ACCELERATOR = 4096
+"""Of a micro-batch, so that small models keep an accelerator busy."""
+TOKENS_ON_CPU = 1024
+"""Of a micro-batch: larger ones take more memory and are no faster (`make bench-trainer`)."""
 
 
 class Lora(Contract):
@@ -152,8 +156,8 @@ class Training(Contract):
     """Stop after so many optimizer steps even if epochs are left."""
     global_batch: Annotated[int, Field(ge=1, le=65536)] = 16
     """Rows (or pairs) per optimizer step, over all ranks and micro-batches."""
-    tokens_per_batch: Annotated[int, Field(ge=64, le=4194304)] = 4096
-    """Tokens of a micro-batch on one rank; a memory setting, results stay the same up to rounding."""
+    tokens_per_batch: Annotated[int, Field(ge=64, le=4194304)] | None = None
+    """Tokens of a micro-batch on one rank; results stay the same up to rounding. Absent: 4096, on a CPU 1024."""
     max_length: Annotated[int, Field(ge=8, le=1048576)] = 1024
     """Longest sequence in tokens; longer rows are truncated and counted."""
     schedule: Schedule = Schedule()
@@ -189,6 +193,11 @@ class Training(Contract):
 
     range_test: RangeTest | None = None
     """Sweep the learning rate."""
+
+    @property
+    def token_budget(self) -> int:
+        """`tokens_per_batch`, which the stage's record has settled."""
+        return self.tokens_per_batch or TOKENS_ON_ACCELERATOR
 
     @property
     def selects_best(self) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PPO_EPOCHS = 4
 """Passes over a rollout, on both sides of ppo."""
@@ -68,7 +70,10 @@ class Measured:
 class Clock:
     """Ends of steps, and memory from the moment the model is loaded."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Iterable[Any]) -> None:
+        """Start, with weights read: they are mapped from their file, and resident once they were touched."""
+        for tensor in weights:
+            tensor.sum()
         gc.collect()
         self.base = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew

@@ -62,7 +62,7 @@ def measure_ours(task: Task) -> Measured:
         def load_start(*arguments: Any, **named: Any) -> Any:
             policy = originals["load_start"](*arguments, **named)
             held["vocabulary"] = policy.model.config.get_text_config().vocab_size
-            held["clock"] = Clock()
+            held["clock"] = Clock(policy.model.parameters())
             # No token ends an answer: every one has its full length, as on the other side.
             return replace(policy, tokenizer=replace(policy.tokenizer, end_tokens=(-1,)))
 
@@ -129,7 +129,7 @@ def measure_grpo(task: Task) -> Measured:
     vocabulary = model.config.get_text_config().vocab_size
     ordered, _ = in_order(task, vocabulary)
     targets = sorted(module_names(model).linear)
-    clock = Clock()
+    clock = Clock(model.parameters())
 
     class Ends(transformers.TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, *_: Any, **__: Any) -> None:

@@ -2,7 +2,8 @@
 
     python -m tests.bench.trainer --methods dpo --profiles even --rows 48 --runs 3
 
-The table goes into docs/benchmarks.md; `--dry` prints it only. What is the same on both sides: model, rows of every
+What a case measured goes into tests/bench/trainer.json as soon as it has ended, and the table in docs/benchmarks.md is
+written from that file: a run may be cut off, and a later one may measure one method anew. `--dry` prints only. What is the same on both sides: model, rows of every
 optimizer step, precision, LoRA targets and rank, threads, optimizer, logging. trl runs at its defaults (gradient
 checkpointing, device batches of 8, the reference computed in every step) and at its best settings (no checkpointing, a
 precomputed reference, the device batch that a short trial finds fastest).
@@ -11,9 +12,9 @@ precomputed reference, the device batch that a short trial finds fastest).
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,51 +26,34 @@ ROOT = Path(__file__).resolve().parents[2]
 for name in ("tests", "trainer_image", "operator"):
     sys.path.insert(0, str(ROOT / name))
 
-from bench import page  # noqa: E402  (the folders above are on the path only now)
+from bench import page, trainer_table  # noqa: E402  (the folders above are on the path only now)
 from bench.measured import Measured, Task  # noqa: E402
 from bench.trainer_rows import METHODS, ONLINE_METHODS, PROFILES  # noqa: E402
 from bench.trainer_side import in_order  # noqa: E402
-from plumbline_api.training import Training  # noqa: E402
+from bench.trainer_table import Case  # noqa: E402
+from plumbline_api.training import TOKENS_ON_CPU  # noqa: E402
+from plumbline_trainer.launcher import MALLOC_THRESHOLD  # noqa: E402
 
 PPO_PEER = ROOT / ".venv-ppo" / "bin" / "python"
 SIDES = ("ours", "trl", "trl-default")
 TRL_DEFAULT_BATCH = 8
 MIB = 2**20
+BUNDLED = "bundled://smollm2-135m-instruct"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Measure what was asked for and publish it."""
     options = _options().parse_args(arguments)
-    rows: list[dict[str, str]] = []
     with tempfile.TemporaryDirectory() as place:
         model = options.model or _bundled(Path(place) / "model")
-        cases = [(method, profile) for method in options.methods for profile in options.profiles]
-        rows += [_compare(method, profile, str(model), options) for method, profile in cases]
-    how = (
-        f"`make bench-trainer` (tests/bench/trainer.py): our engine and trl 1.16.0 (ppo: 1.12.0) in processes of their own, {options.runs} "
-        f"runs each in turn. {options.rows} rows, {options.batch} per optimizer step, LoRA of rank 16 on all linear "
-        f"layers, {options.precision}, {options.threads} threads; ours with tokensPerBatch {options.tokens_per_batch}. "
-        f"The reference pass counts whole, the first {options.left_out} steps do not."
-    )
-    load = os.getloadavg()[2]
-    text = page.section(
-        "Training against trl",
-        how,
-        rows,
-        ("torch", "transformers", "trl", "peft", "accelerate"),
-        "`kto` is on unpaired rows, `kto-pairs` on preference rows (rows/s are pairs/s). Speeds are medians, ratios medians over paired runs. *Best* is trl without checkpointing, with a precomputed "
-        "reference and the device batch in brackets; *default* as trl comes, at the same precision and optimizer step. "
-        "The FLOP bound is the ratio of floating-point operations that the two ways ask for (padding, repeated prompts, "
-        "head at every position): what the speed-up against best would be at equal use of the machine. Memory is the "
-        "resident peak, and in brackets what of it lies above imports and weights. `ppo` and `grpo` sample: rows are "
-        f"prompts, with {options.answers} answers each for grpo and one for ppo, all of {options.new_tokens} tokens; a "
-        "step is an iteration of sampling, scoring by a rule and updating (ppo four times, with an adapter and a head as "
-        "its critic on both sides).",
-        f"Load average of the machine at the end: {load:.1f} on {os.cpu_count()} cores of {_processor()}.",
-    )
-    sys.stdout.write(text + "\n")
-    if not options.dry:
-        page.replace("trainer", text)
+        for method, profile in ((method, profile) for method in options.methods for profile in options.profiles):
+            case = _compare(method, profile, str(model), options)
+            cases = {**trainer_table.read(), f"{method}, {profile}": case}
+            text = trainer_table.section(cases)
+            sys.stdout.write(text + "\n")
+            if not options.dry:
+                trainer_table.write(cases)
+                page.replace("trainer", text)
     return 0
 
 
@@ -85,8 +69,8 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--answers", type=int, default=8, help="answers per prompt (grpo; ppo samples one)")
     parser.add_argument("--new-tokens", type=int, default=53, help="tokens of every sampled answer (ppo, grpo)")
     parser.add_argument("--left-out", type=int, default=1, help="first steps that are not counted")
-    parser.add_argument("--tokens-per-batch", type=int, default=Training().tokens_per_batch)
-    parser.add_argument("--sweep", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="device batches tried with trl")
+    parser.add_argument("--tokens-per-batch", type=int, default=TOKENS_ON_CPU)
+    parser.add_argument("--sweep", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="device batches tried with trl")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
@@ -101,12 +85,12 @@ def _bundled(folder: Path) -> Path:
     from plumbline_trainer.models.loading import load_base
     from plumbline_trainer.models.saving import save_full
 
-    model, tokenizer = load_base(bundled_model("bundled://smollm2-135m-instruct"), "float32")
+    model, tokenizer = load_base(bundled_model(BUNDLED), "float32")
     save_full(model, tokenizer, folder, "float32")
     return folder
 
 
-def _compare(method: str, profile: str, model: str, options: argparse.Namespace) -> dict[str, str]:
+def _compare(method: str, profile: str, model: str, options: argparse.Namespace) -> Case:
     task = Task(
         side="ours",
         method=method,
@@ -127,7 +111,13 @@ def _compare(method: str, profile: str, model: str, options: argparse.Namespace)
     for _ in range(options.runs):
         for side in options.sides:
             found[side].append(run_side(replace(task, side=side, batch=best if side == "trl" else task.batch)))
-    return _row(method, profile, best, found)
+    return Case(
+        task=replace(task, side="", model=options.model or BUNDLED, batch=best),
+        runs=found,
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        load=round(os.getloadavg()[2], 1),
+        machine=f"{os.cpu_count()} cores of {_processor()}",
+    )
 
 
 def _best_batch(task: Task, options: argparse.Namespace) -> int:
@@ -136,6 +126,8 @@ def _best_batch(task: Task, options: argparse.Namespace) -> int:
     for batch in sorted(size for size in options.sweep if task.answers_per_step % size == 0):
         trial = replace(task, side="trl", batch=batch, rows=min(task.rows, 2 * task.global_batch))
         speeds[batch] = run_side(trial).rows_per_second
+        if speeds[batch] < max(speeds.values()):
+            break
     return max(speeds, key=lambda size: speeds[size])
 
 
@@ -148,6 +140,9 @@ def run_side(task: Task) -> Measured:
         "OMP_NUM_THREADS": str(task.threads),
         "HF_HUB_OFFLINE": "1",
         "TQDM_DISABLE": "1",
+        # As our launcher sets them; the peer gets them too.
+        "MALLOC_MMAP_THRESHOLD_": str(MALLOC_THRESHOLD),
+        "MALLOC_TRIM_THRESHOLD_": str(MALLOC_THRESHOLD),
     }
     with tempfile.TemporaryDirectory() as place:
         command = _command(task, Path(place))
@@ -174,43 +169,6 @@ def _command(task: Task, place: Path) -> list[str]:
     prompts = place / "prompts.json"
     prompts.write_text(json.dumps([row.prompt for row in in_order(task, vocabulary)[0]]))
     return [str(PPO_PEER), "-W", "ignore", str(ROOT / "tests" / "bench" / "ppo_side.py"), text, str(prompts)]
-
-
-def _row(method: str, profile: str, batch: int, found: dict[str, list[Measured]]) -> dict[str, str]:
-    ours = found.get("ours", [])
-    row = {"method": method, "profile": profile, "ours (rows/s)": _speed(ours)}
-    row["trl best (rows/s)"] = f"{_speed(found['trl'])} ({batch})" if "trl" in found else ""
-    row["trl default (rows/s)"] = _speed(found.get("trl-default", []))
-    for side, label in (("trl", "× best"), ("trl-default", "× default")):
-        pairs = zip(ours, found.get(side, []), strict=False)
-        ratios = [one.rows_per_second / other.rows_per_second for one, other in pairs]
-        row[label] = f"{statistics.median(ratios):.2f}" if ratios else ""
-    if ours and found.get("trl") and ours[0].operations:
-        row["FLOP bound"] = f"{found['trl'][0].operations / ours[0].operations:.2f}"
-    row["ours (tokens/s)"] = f"{statistics.median(m.tokens_per_second for m in ours):.0f}" if ours else ""
-    for side, label in (("ours", "ours"), ("trl", "trl best"), ("trl-default", "trl default")):
-        row[f"memory {label} (MiB)"] = _memory(found.get(side, []))
-    if ours and found.get("trl"):
-        row["memory, ours ÷ best"] = (
-            f"{_peak(ours) / _peak(found['trl']):.2f} ({_above(ours) / _above(found['trl']):.2f})"
-        )
-    return row
-
-
-def _speed(runs: list[Measured]) -> str:
-    return f"{statistics.median(run.rows_per_second for run in runs):.3f}" if runs else ""
-
-
-def _peak(runs: list[Measured]) -> float:
-    return statistics.median(run.peak_bytes for run in runs)
-
-
-def _above(runs: list[Measured]) -> float:
-    return statistics.median(run.peak_bytes - run.base_bytes for run in runs)
-
-
-def _memory(runs: list[Measured]) -> str:
-    return f"{_peak(runs) / MIB:.0f} ({_above(runs) / MIB:.0f})" if runs else ""
 
 
 def _processor() -> str:

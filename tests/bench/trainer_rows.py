@@ -95,7 +95,7 @@ def our_operations(shape: Shape, steps: Sequence[Sequence[Encoded]], method: str
     total, further = _packed(shape, rows, trained=True), []
     for step in steps if method.startswith("kto") else ():
         others = mismatched_rows(step, training.max_length)
-        first = cut_step([packed_length(row) for row in step], budget=training.tokens_per_batch, ranks=1)[0][0]
+        first = cut_step([packed_length(row) for row in step], budget=training.token_budget, ranks=1)[0][0]
         # Rows of the first micro-batch lend their prompts.
         total += _packed(shape, [others[index] for index in first], trained=False, lent=True)
         total += _packed(shape, [row for index, row in enumerate(others) if index not in first], trained=False)

@@ -80,7 +80,7 @@ def measure_ours(task: Task) -> Measured:
         )
         policy = load_policy(context, context.input("model"), precision=task.precision, device="cpu")
         ordered, plan = in_order(task, policy.model.config.get_text_config().vocab_size)
-        clock = Clock()
+        clock = Clock(policy.model.parameters())
         trainable = make_trainable(policy, LORA, SEED, freeze=None)
         scorer = Scorer(trainable, precision=task.precision)
         if task.method == "rewardModel":
@@ -136,7 +136,7 @@ def measure_trl(task: Task) -> Measured:
     ordered, _ = in_order(task, model.config.get_text_config().vocab_size)
     targets = sorted(name for name in module_names(model).linear if name != "score")
     shape_model = model
-    clock = Clock()
+    clock = Clock(model.parameters())
 
     class Ends(transformers.TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, *_: Any, **__: Any) -> None:

@@ -213,7 +213,9 @@ def test_two_updates_by_the_stages_own_objective(theirs: dict[str, Observed], na
     value_objective = ValueObjective(experience, torch.cat(found.returns), settings.cliprange_value, settings.vf_coef)
     for step in peer.steps:
         means = learning.policy_update(scorer, experience, policy_objective)
-        loss = means["loss"] + settings.vf_coef * learning.value_update(critic, experience, value_objective)["valueLoss"]
+        loss = (
+            means["loss"] + settings.vf_coef * learning.value_update(critic, experience, value_objective)["valueLoss"]
+        )
         assert loss == pytest.approx(step.loss, rel=1e-4, abs=1e-6)
         gradients = {f"policy.{key}": p.grad for key, p in models.policy.named_parameters() if p.grad is not None}
         gradients |= {f"critic.{key}": p.grad for key, p in critic.model.named_parameters() if p.grad is not None}

@@ -38,11 +38,11 @@ def replaced(index: int, stage: dict[str, Any]) -> list[dict[str, Any]]:
 # Golden: these change only when a numerics version is raised or the fingerprint's definition changes, and then every
 # stage in every user's storage is computed anew. Never edit them for convenience.
 GOLDEN = {
-    "domain": "71ebbf68cb6057b7a372d71610944a047d9799af142ab23ad6040c9a68561201",
-    "sft": "90e252c856b89ae2e3bec319bcd44447594fad6ee5560e066a6b269c21e72cf8",
-    "dpo": "040a2f6e90466878d25ae2354d8a3fb232748f621275f0f4e68b5bce019d8bbc",
-    "final": "a2f8130d031f7d6a684d9e961e5a35b32a3bd68e7fa55d8e3d3ccb31f5183b38",
-    "exam": "b09355795e69fc000852436d06f7c43cdf6b86a9b59b21af2ee6f071ebc8a2d4",
+    "domain": "6875a7ebe50e17d2ea1c0f4fad45ca29dbf461d461fc787bc33f82ed8d4a10a9",
+    "sft": "d05222d3b5a47480184f3725572c1b814819c83602b3c6e886a1d22b2ef13915",
+    "dpo": "92083ad3728faeea5a164b73931e4cb434b7bc41648c56b95f96b2832b072e05",
+    "final": "45b3618e30a5387622610f59aad671616068956369dd12b3fdbedd373de635bf",
+    "exam": "c2626d3f8a65627a33f8f26abfebc8ed702c25a6cdb28a944bc0559732ee310f",
 }
 
 

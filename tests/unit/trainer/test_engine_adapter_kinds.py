@@ -53,7 +53,7 @@ def test_fast_equals_plain(style: Style, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_goes_fast(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    for function in (lowrank._LowRankLinear, lowrank._MagnitudeLinear):
+    for function in (lowrank._LowRankLinear, lowrank._MagnitudeLinear, lowrank._GatedLinear):
         real = function.forward
 
         def counted(ctx: Any, *inputs: Any, _real: Any = real, _name: str = function.__name__) -> Any:
@@ -65,7 +65,9 @@ def test_every_kind_goes_fast(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
     trained = {name: parameter for name, parameter in scorer.model.named_parameters() if parameter.requires_grad}
     choice = choose_path(scorer, ROWS, trained, tokens=4096, ranks=Ranks())
     assert choice.path == "fast", choice.reason
-    assert calls == ["_MagnitudeLinear" if lora_of(kind).dora else "_LowRankLinear"] * 14
+    # Seven layers in each of two blocks; the last of a block takes gate and up instead of their product.
+    block = ["_LowRankLinear"] * 6 + ["_GatedLinear"]
+    assert calls == (["_MagnitudeLinear"] * 14 if lora_of(kind).dora else block * 2)
 
 
 def test_a_wrong_length_of_rows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +121,69 @@ def test_magnitude_layer_by_hand() -> None:
     assert a.grad[0].tolist() == pytest.approx([2 / length * 3 * 1, 2 / length * 3 * 2])
     assert b.grad is not None
     assert b.grad.item() == pytest.approx(2 / length * 1)
+
+
+def test_gated_layer_by_hand() -> None:
+    """h = 2·5 = 10 with act(g) = g²/2 at g = 2; W = [3], A = [1], B = [4], s = ½: y = (3 + 2)·10 + 1."""
+    gate, up = torch.tensor([[2.0]], requires_grad=True), torch.tensor([[5.0]], requires_grad=True)
+    weight, bias = torch.tensor([[3.0]]), torch.tensor([1.0])
+    a, b = torch.tensor([[1.0]], requires_grad=True), torch.tensor([[4.0]], requires_grad=True)
+    y = lowrank._GatedLinear.apply(gate, up, lambda g: g * g / 2, weight, bias, a, b, 0.5)
+    assert y.item() == pytest.approx(51)
+    y.sum().backward()
+    found = [tensor.grad.item() if tensor.grad is not None else None for tensor in (gate, up, a, b)]
+    # ∂h = 5: act′(2)·up·5 = 50 and act(2)·5 = 10; s·B·h = 20; s·A·h = 5.
+    assert found == pytest.approx([50, 10, 20, 5])
+
+
+@pytest.mark.parametrize("kind", ["lora", "frozen"])
+def test_a_gated_block_keeps_two_of_four_tensors(kind: str) -> None:
+    model = make_model("llama", seed=1)
+    block = model.model.layers[0].mlp
+    if kind == "lora":
+        attach_lora(model, Lora(rank=4), 1)
+    model.requires_grad_(False)
+    x = torch.randn(5, 64, requires_grad=True)
+
+    def kept() -> list[int]:
+        found: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.shape[0] == 5:
+                found[tensor.data_ptr()] = tensor.shape[1]
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            block(x)
+        return sorted(found.values())
+
+    inner = block.gate_proj.out_features
+    separate = kept()
+    with lowrank.in_one_piece(model):
+        together = kept()
+    assert together.count(inner) == 2 < separate.count(inner)
+
+
+class _Other(torch.nn.Module):
+    """A block that is like a gated one but for its last line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (torch.nn.Linear(4, 4) for _ in range(3))
+        self.act_fn = torch.nn.SiLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) * 2
+
+
+def test_only_what_is_known_to_be_a_gated_block_is_taken() -> None:
+    kinds = {
+        style: {type(m).__name__ for m in make_model(style).modules() if lowrank.is_gated(type(m).forward)}
+        for style in STYLES
+    }
+    assert kinds == {"llama": {"LlamaMLP"}, "qwen2": {"Qwen2MLP"}, "gemma2": {"Gemma2MLP"}, "gpt2": set()}
+    assert not lowrank.is_gated(_Other.forward)
+    assert not lowrank.is_gated(torch.nn.SiLU.forward)
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -201,7 +201,7 @@ def objective_of(model: Any, rows: list[Encoded], **fields: Any) -> DesirableAns
     needed = [*rows, *mismatched_rows(rows, parameters.training.max_length)]
     cpu = torch.device("cpu")
     references = References(needed, score_rows(make_model(seed=9), needed, tokens_per_batch=256, device=cpu))
-    score = partial(score_rows, model, tokens_per_batch=parameters.training.tokens_per_batch, device=cpu)
+    score = partial(score_rows, model, tokens_per_batch=parameters.training.token_budget, device=cpu)
     return DesirableAnswers(references, score, parameters)
 
 

@@ -97,7 +97,7 @@ class TrainingRun:
             first = [self.rows[index] for index in self.plan.rows(0)]
             self._tell("comparing the fast path with the plain one")
             choice = choose_path(
-                self.scorer, first, self.trainables, tokens=self.training.tokens_per_batch, ranks=self.ranks
+                self.scorer, first, self.trainables, tokens=self.training.token_budget, ranks=self.ranks
             )
             self.state.path = choice.path
             level = self.context.log.info if choice.path == "fast" else self.context.log.warning
@@ -278,7 +278,7 @@ class TrainingRun:
 
     def _accumulate(self, objective: Objective, rows: Sequence[Encoded]) -> dict[str, float]:
         """Gradients of a step's mean loss on this rank's share, and the step's means over all ranks."""
-        tokens = self.training.tokens_per_batch
+        tokens = self.training.token_budget
 
         def measure(number: int, batch: PackedBatch) -> Measured:
             # Only an adapter's dropout draws from it.
@@ -321,7 +321,7 @@ class TrainingRun:
         if isinstance(objective, LooksAhead):
             objective.look_ahead(rows)
         sums: dict[str, float] = {}
-        batches = fill_batches([packed_length(row) for row in rows], budget=self.training.tokens_per_batch)
+        batches = fill_batches([packed_length(row) for row in rows], budget=self.training.token_budget)
         for done in range(0, len(batches), self.ranks.size):
             self.leave_if_stopped()
             self._tell(f"evaluation, batch {done + 1} of {len(batches)}")

@@ -3,14 +3,23 @@
 peft adds x·Wᵀ and s·(x·Aᵀ)·Bᵀ as tensors of their own and lets autograd walk back through each. On a CPU these passes
 cost as much as the adapter's products. Here the second product is accumulated onto the first, forward and backward.
 
+Where the last linear layer of a gated feed-forward block, y = down(act(gate) ∘ up), is frozen or has such an adapter,
+its input is not kept for the backward pass but computed again from gate and up, which are kept once: two tensors of the
+block's inner width instead of four, the largest that a layer keeps.
+
 For DoRA peft builds W + s·B·A in every forward pass to take the lengths of its rows. Here they come from the factors:
 ‖w + s·b·A‖² = ‖w‖² + 2s·b·(A·w) + s²·b·(A·Aᵀ)·bᵀ for a row w of W and b of B; nothing of the size of W is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from types import MethodType, NoneType
 from typing import Any
 
@@ -43,6 +52,52 @@ class _LowRankLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             to_x = (gradient @ weight).addmm_(at_inner, a)
         return to_x, None, None, at_inner.t() @ x, (gradient.t() @ inner).mul_(ctx.scale), None
+
+
+class _GatedLinear(torch.autograd.Function):
+    """y = h·Wᵀ + bias + s·(h·Aᵀ)·Bᵀ for h = act(gate) ∘ up, with W and bias frozen; without an adapter y = h·Wᵀ + bias.
+
+    gate, up: [T, in], W: [out, in], A: [r, in], B: [out, r].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        activation: Callable[[Tensor], Tensor],
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        product = activation(gate) * up
+        y = F.linear(product, weight, bias)
+        inner = None
+        if a is not None and b is not None:
+            inner = product @ a.t()
+            y.addmm_(inner, b.t(), alpha=scale)
+        ctx.save_for_backward(gate, up, inner, weight, a, b)
+        ctx.activation, ctx.scale = activation, scale
+        return y
+
+    @staticmethod
+    def backward(
+        ctx: Any, *upstream: Tensor
+    ) -> tuple[Tensor, Tensor, None, None, None, Tensor | None, Tensor | None, None]:
+        gate, up, inner, weight, a, b = ctx.saved_tensors
+        (gradient,) = upstream
+        to_product, to_a, to_b = gradient @ weight, None, None
+        with torch.enable_grad():
+            gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+            product = ctx.activation(gate) * up
+        if inner is not None:
+            at_inner = (gradient @ b).mul_(ctx.scale)
+            to_product.addmm_(at_inner, a)
+            to_a, to_b = at_inner.t() @ product.detach(), (gradient.t() @ inner).mul_(ctx.scale)
+        to_gate, to_up = torch.autograd.grad(product, (gate, up), to_product)
+        return to_gate, to_up, None, None, None, to_a, to_b, None
 
 
 class _MagnitudeLinear(torch.autograd.Function):
@@ -102,44 +157,108 @@ def row_lengths(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return squares.sqrt()
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """A frozen linear layer with an adapter of one piece, or without one."""
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scale: float = 1.0
+    magnitude: Tensor | None = None
+
+
+def _parts(layer: nn.Module, x: Tensor) -> _Parts | None:
+    """Of a layer that can be computed in one piece for an input; None if it cannot."""
+    if torch.is_autocast_enabled(x.device.type):
+        return None
+    parts: _Parts | None = None
+    if type(layer) is nn.Linear:
+        parts = _Parts(layer.weight, layer.bias)
+    elif type(layer) is LoraLinear and type(layer.base_layer) is nn.Linear:
+        parts = _adapted_parts(layer)
+    if parts is None or parts.weight.requires_grad or (parts.bias is not None and parts.bias.requires_grad):
+        return None
+    factors = [factor for factor in (parts.a, parts.b) if factor is not None]
+    return parts if all(x.dtype == tensor.dtype for tensor in (parts.weight, *factors)) else None
+
+
+def _adapted_parts(layer: Any) -> _Parts | None:
+    active, base = layer.active_adapters, layer.base_layer
+    if layer.merged:
+        return None
+    if layer.disable_adapters:
+        return _Parts(base.weight, base.bias)
+    if len(active) != 1 or active[0] not in layer.lora_A:
+        return None
+    name = active[0]
+    dropout = layer.lora_dropout[name]
+    drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+    if drops or type(layer.lora_variant.get(name)) not in (NoneType, DoraLinearVariant):
+        return None
+    magnitude = layer.lora_magnitude_vector[name].weight if name in layer.lora_magnitude_vector else None
+    return _Parts(
+        base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], magnitude
+    )
+
+
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Forward of a layer in one piece where that is the same, else peft's own."""
-    active = self.active_adapters
-    simple = (
-        not args
-        and not kwargs
-        and not self.disable_adapters
-        and not self.merged
-        and len(active) == 1
-        and active[0] in self.lora_A
-        and type(self.lora_variant.get(active[0])) in (NoneType, DoraLinearVariant)
-    )
-    if simple:
-        name, base = active[0], self.base_layer
-        a, b, dropout = self.lora_A[name].weight, self.lora_B[name].weight, self.lora_dropout[name]
-        drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
-        same_type = x.dtype == base.weight.dtype == a.dtype == b.dtype
-        frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
-        if same_type and frozen and not drops and not torch.is_autocast_enabled(x.device.type):
-            flat = x.reshape(-1, x.shape[-1])
-            scale = self.scaling[name]
-            if name in self.lora_magnitude_vector:
-                lengths = row_lengths(base.weight, a, b, scale)
-                magnitude = self.lora_magnitude_vector[name].weight
-                result = _MagnitudeLinear.apply(flat, base.weight, base.bias, a, b, magnitude, lengths, scale)
-            else:
-                result = _LowRankLinear.apply(flat, base.weight, base.bias, a, b, scale)
-            assert isinstance(result, Tensor)
-            return result.view(*x.shape[:-1], result.shape[-1])
-    result = LoraLinear.forward(self, x, *args, **kwargs)
+    parts = None if args or kwargs else _parts(self, x)
+    if parts is None or parts.a is None or parts.b is None:
+        result = LoraLinear.forward(self, x, *args, **kwargs)
+        assert isinstance(result, Tensor)
+        return result
+    flat = x.reshape(-1, x.shape[-1])
+    weight, bias, a, b, scale = parts.weight, parts.bias, parts.a, parts.b, parts.scale
+    if parts.magnitude is not None:
+        lengths = row_lengths(weight, a, b, scale)
+        result = _MagnitudeLinear.apply(flat, weight, bias, a, b, parts.magnitude, lengths, scale)
+    else:
+        result = _LowRankLinear.apply(flat, weight, bias, a, b, scale)
+    assert isinstance(result, Tensor)
+    return result.view(*x.shape[:-1], result.shape[-1])
+
+
+def _gated_forward(self: Any, x: Tensor) -> Tensor:
+    """Forward of a gated feed-forward block, the product within the last layer where that is the same."""
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    parts = _parts(self.down_proj, up)
+    if parts is None or parts.magnitude is not None or gate.dtype != up.dtype or not torch.is_grad_enabled():
+        result = self.down_proj(self.act_fn(gate) * up)
+    else:
+        flat = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
+        result = _GatedLinear.apply(*flat, self.act_fn, parts.weight, parts.bias, parts.a, parts.b, parts.scale)
+        result = result.view(*x.shape[:-1], result.shape[-1])
     assert isinstance(result, Tensor)
     return result
 
 
+GATED = ast.dump(ast.parse("self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))", mode="eval").body)
+
+
+@cache
+def is_gated(forward: Callable[..., Any]) -> bool:
+    """Whether a module's forward is down_proj(act_fn(gate_proj(x)) · up_proj(x)) and nothing else."""
+    try:
+        (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return False
+    if not isinstance(function, ast.FunctionDef) or [item.arg for item in function.args.args] != ["self", "x"]:
+        return False
+    match function.body:
+        case [ast.Return(value=ast.expr() as value)]:
+            return ast.dump(value) == GATED
+        case [ast.Assign(targets=[ast.Name(id=name)], value=value), ast.Return(value=ast.Name(id=returned))]:
+            return name == returned and ast.dump(value) == GATED
+    return False
+
+
 def use_one_piece(model: nn.Module) -> None:
     """From now on compute adapted linear layers in one piece."""
-    for layer in _layers(model):
-        layer.forward = MethodType(_forward, layer)
+    for layer, forward in _layers(model):
+        layer.forward = MethodType(forward, layer)
 
 
 @contextmanager
@@ -154,12 +273,15 @@ def in_one_piece(model: nn.Module) -> Iterator[None]:
 
 def use_separate_pieces(model: nn.Module) -> None:
     """From now on compute adapted linear layers as peft does."""
-    for layer in _layers(model):
+    for layer, _ in _layers(model):
         layer.__dict__.pop("forward", None)
 
 
-def _layers(model: nn.Module) -> Iterator[Any]:
-    """Adapted layers around a plain linear layer; others, such as transposed ones, stay with peft."""
+def _layers(model: nn.Module) -> Iterator[tuple[Any, Callable[..., Tensor]]]:
+    """What is computed in one piece, and how: adapted layers around a plain linear layer (others, such as transposed
+    ones, stay with peft), and gated feed-forward blocks."""
     for module in model.modules():
         if type(module) is LoraLinear and type(module.base_layer) is nn.Linear:
-            yield module
+            yield module, _forward
+        elif is_gated(type(module).forward) and not any(module.get_submodule("act_fn").parameters()):
+            yield module, _gated_forward

@@ -134,7 +134,7 @@ class OnlineRun:
         self._set_paths()
         if rollout is not None:
             prompts = self._prompts_of(self.state.step)
-            self._experience = Experience.restored(prompts, self.training.tokens_per_batch, rollout)
+            self._experience = Experience.restored(prompts, self.training.token_budget, rollout)
         self.first_step = self.state.step
         self._committed = (self.state.step, self.state.updates, self._experience is not None)
 
@@ -210,7 +210,7 @@ class OnlineRun:
                 at_step=self._at_sampling,
             )
         self.leave_if_stopped()
-        found = Experience(prompts, samples, self.training.tokens_per_batch)
+        found = Experience(prompts, samples, self.training.token_budget)
         with self._timed("scoring"):
             self._tell("scoring answers")
             scored = self._score(self.prompts.candidates(prompts, samples))
@@ -227,7 +227,7 @@ class OnlineRun:
                 self.scorer,
                 self.reference,
                 None if self.critic is None else self.critic.scorer,
-                tokens_per_batch=self.training.tokens_per_batch,
+                tokens_per_batch=self.training.token_budget,
                 ranks=self.ranks,
             )
         self.state.figures = self.course.observe(rollout_figures(_watched(found)))
@@ -269,7 +269,7 @@ class OnlineRun:
                         objective,
                         self.critic,
                         value_objective,
-                        tokens_per_batch=self.training.tokens_per_batch,
+                        tokens_per_batch=self.training.token_budget,
                         ranks=self.ranks,
                         iteration=state.step + 1,
                         is_first=not state.seen,
@@ -336,7 +336,7 @@ class OnlineRun:
             self._tell("probing for sycophancy")
             with self.scorer.at_temperature(1.0):  # the policy as it is, not as it samples
                 figures |= measure(
-                    self.probe, self.scorer, tokens_per_batch=self.training.tokens_per_batch, ranks=self.ranks
+                    self.probe, self.scorer, tokens_per_batch=self.training.token_budget, ranks=self.ranks
                 )
         figures = self.course.observe(figures)
         self.state.latest, self.state.evaluated = figures, self.state.step
@@ -434,7 +434,7 @@ class OnlineRun:
                 trained.scorer,
                 rows,
                 trained.trainables,
-                tokens=self.training.tokens_per_batch,
+                tokens=self.training.token_budget,
                 ranks=self.ranks,
             )
             level = self.context.log.info if choice.path == "fast" else self.context.log.warning

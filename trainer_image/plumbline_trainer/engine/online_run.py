@@ -69,7 +69,7 @@ def open_run(
         ranks,
         scorer,
         training,
-        tokens=training.tokens_per_batch,
+        tokens=training.token_budget,
         beside=[one for one in (reference, critic) if one is not None],
     )
     prepare_modes(scorer, adapter_dropout=False, gradient_checkpointing=again)
@@ -80,7 +80,7 @@ def open_run(
         ranks=ranks,
         device=context.device,
         precision=parameters.training.precision,
-        tokens_per_batch=parameters.training.tokens_per_batch,
+        tokens_per_batch=parameters.training.token_budget,
     )
     engine = open_engine(
         context,

@@ -32,7 +32,7 @@ def recomputes(run: TrainingRun, beside: Scorer | None = None) -> bool:
         run.ranks,
         run.scorer,
         run.training,
-        tokens=largest_batch(lengths, run.training.tokens_per_batch, run.training.global_batch),
+        tokens=largest_batch(lengths, run.training.token_budget, run.training.global_batch),
         penalties=[penalty.name for penalty in run.penalties],
         beside=[] if beside is None else [beside],
     )

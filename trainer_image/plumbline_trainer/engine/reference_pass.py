@@ -105,7 +105,7 @@ def _load_reference(run: TrainingRun, policy: Policy, role: str, rows: Sequence[
     scorer.eval()
     if shards:
         shard(scorer, run.ranks)
-    choice = choose_path(scorer, rows, {}, tokens=training.tokens_per_batch, ranks=run.ranks)
+    choice = choose_path(scorer, rows, {}, tokens=training.token_budget, ranks=run.ranks)
     scorer.path = choice.path
     level = context.log.info if choice.path == "fast" else context.log.warning
     level("reference: %s path: %s", choice.path, choice.reason)
@@ -119,12 +119,12 @@ def _references(run: TrainingRun, policy: Policy, scorer: Scorer, rows: Sequence
         path=scorer.path,
         precision=scorer.precision,
         device=run.ranks.device.type,
-        split=f"{run.training.tokens_per_batch}/{run.ranks.size}/{torch.get_num_threads()}",
+        split=f"{run.training.token_budget}/{run.ranks.size}/{torch.get_num_threads()}",
     )
     cache = ReferenceCache(run.context, key)
     wanted = list(dict.fromkeys(key for row in rows for key in row_keys(row)))
     found = _agreed(run, cache.find(wanted) if run.ranks.is_main else {}, wanted)
-    missing = by_prompt(rows, found, run.training.tokens_per_batch)
+    missing = by_prompt(rows, found, run.training.token_budget)
     computed = _computed(run, scorer, missing) if missing else {}
     if run.ranks.is_main:
         said = f"reference values: {len(found):,} of {len(wanted):,} responses found in storage"
@@ -169,7 +169,7 @@ def _computed(run: TrainingRun, scorer: Scorer, rows: Sequence[Encoded]) -> dict
         scores = score_rows(
             scorer,
             rows,
-            tokens_per_batch=run.training.tokens_per_batch,
+            tokens_per_batch=run.training.token_budget,
             device=run.ranks.device,
             precision=scorer.precision,
             ranks=run.ranks,

@@ -160,7 +160,7 @@ def _sample_and_score(
         ranks=ranks,
         device=context.device,
         precision=parameters.training.precision,
-        tokens_per_batch=parameters.training.tokens_per_batch,
+        tokens_per_batch=parameters.training.token_budget,
     )
     writer = policy_identity(policy)
     count = len(prompts.train)

@@ -158,9 +158,7 @@ def _values(run: TrainingRun, scorer: ValueScorer, rows: Sequence[Encoded], what
         if run.ranks.is_main:
             run.context.progress.update(run.state.step, run.plan.steps, f"{what}, batch {done + 1} of {batches}")
 
-    return score_values(
-        scorer, rows, tokens_per_batch=run.training.tokens_per_batch, ranks=run.ranks, at_batch=at_batch
-    )
+    return score_values(scorer, rows, tokens_per_batch=run.training.token_budget, ranks=run.ranks, at_batch=at_batch)
 
 
 def _rewarded(row: Encoded, rewards: torch.Tensor) -> RewardedRow:

@@ -99,7 +99,7 @@ def estimate(
         if tokens_per_second is not None and stage.resources.gpus_per_node:
             rate = tokens_per_second * 1e9 / facts.parameters
             gpu_hours = round(tokens / rate / 3600, 4)
-    longest = training.tokens_per_batch
+    longest = training.token_budget
     if rows is not None and rows.rows:
         row = _longest_row(stage, rows, training.max_length)
         # A micro-batch is part of a step, and a row longer than the budget stands alone.
@@ -148,7 +148,7 @@ def _online(
         if tokens_per_second is not None and stage.resources.gpus_per_node:
             gpu_hours = round(tokens / (tokens_per_second * 1e9 / facts.parameters) / 3600, 4)
     longest = max(rows.prompts[-1] if rows is not None and rows.prompts else 0, 1) + parameters.rollout.max_new_tokens
-    total = memory(max(longest, training.tokens_per_batch)) + beside_policy(parameters, facts)
+    total = memory(max(longest, training.token_budget)) + beside_policy(parameters, facts)
     if isinstance(parameters, Ppo):
         adapter = (
             0 if parameters.lora is None else lora_parameters(parameters.lora.rank, parameters.lora.targets, facts)

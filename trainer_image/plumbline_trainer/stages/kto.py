@@ -66,7 +66,7 @@ def run(context: StageContext) -> StageOutput | None:
         score = partial(
             score_rows,
             run.scorer,
-            tokens_per_batch=training.tokens_per_batch,
+            tokens_per_batch=training.token_budget,
             device=ranks.device,
             precision=training.precision,
             ranks=ranks,
