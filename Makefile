@@ -55,6 +55,7 @@ check: $(VENV)/.dev ## Format, lint, types, import rules, generated files, licen
 	$(BIN)/ruff format --check operator trainer_image tests hack charts
 	$(BIN)/ruff check operator trainer_image tests hack charts
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini
 	$(BIN)/lint-imports
 	$(BIN)/python -m plumbline_api.generate --check
 	$(BIN)/pip-licenses --from=mixed > /dev/null

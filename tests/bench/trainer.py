@@ -70,7 +70,9 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--new-tokens", type=int, default=53, help="tokens of every sampled answer (ppo, grpo)")
     parser.add_argument("--left-out", type=int, default=1, help="first steps that are not counted")
     parser.add_argument("--tokens-per-batch", type=int, default=TOKENS_ON_CPU)
-    parser.add_argument("--sweep", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="device batches tried with trl")
+    parser.add_argument(
+        "--sweep", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="device batches tried with trl"
+    )
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)

@@ -1,4 +1,4 @@
-"""The tiny pipeline run on this machine by the command, as the measure of what runs on the cluster."""
+"""A pipeline run on this machine by the command, as the measure of what runs on the cluster."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from support.tinypipeline import tiny_manifest
+from support.tinypipeline import Manifest, tiny_manifest
 
 Files = dict[str, str]
 """SHA-256 of every file of an output, by its path in it."""
@@ -34,7 +35,7 @@ class Reference:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the local run did not end within {SECONDS:.0f} s\n{self._log()}") from None
         assert code == 0, self._log()
-        [state] = self.folder.glob("runs/*/pipelines/tiny/*/state.json")
+        [state] = self.folder.glob("runs/*/pipelines/*/*/state.json")
         found: dict[str, Any] = json.loads(state.read_text())["status"]
         return found
 
@@ -65,11 +66,10 @@ def weights_of(output: dict[str, Any]) -> Files:
     return found
 
 
-@pytest.fixture(scope="session")
-def reference(tiny_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
-    """A local run with one thread, as the pods on the cluster have it."""
-    folder = tmp_path_factory.mktemp("reference")
-    (folder / "pipeline.yaml").write_text(yaml.safe_dump(tiny_manifest("tiny", tiny_inputs.as_uri())))
+@contextmanager
+def run_beside(folder: Path, manifest: Manifest) -> Iterator[Reference]:
+    """Start a manifest in a folder, with one thread, as the pods on the cluster have it."""
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump(manifest))
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "plumbline_cli.main", "run", "pipeline.yaml", "--storage", "runs"],
@@ -79,7 +79,16 @@ def reference(tiny_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> It
             stdout=log,
             stderr=log,
         )
-        yield Reference(folder, process)
-        if process.poll() is None:
-            process.terminate()
-            process.wait(60)
+        try:
+            yield Reference(folder, process)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait(60)
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
+    """The tiny pipeline."""
+    with run_beside(tmp_path_factory.mktemp("reference"), tiny_manifest("tiny", tiny_inputs.as_uri())) as found:
+        yield found

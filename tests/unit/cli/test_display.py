@@ -47,9 +47,9 @@ def view(**fields) -> RunView:
 
 
 def rendered(item, width: int = 80) -> list[str]:
-    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
+    console = Console(file=(output := io.StringIO()), width=width, color_system=None, highlight=False)
     console.print(item)
-    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+    return [line.rstrip() for line in output.getvalue().splitlines()]
 
 
 def table(width: int = 80, **fields) -> list[str]:
@@ -93,7 +93,7 @@ def test_figures_of_an_evaluation_have_their_interval():
 
 
 def test_plain_lines_say_each_change_once_and_progress_now_and_then(monkeypatch):
-    console = Console(file=io.StringIO(), width=200, highlight=False, markup=False)
+    console = Console(file=(output := io.StringIO()), width=200, highlight=False, markup=False)
     lines = PlainLines(console)
     seconds = [0.0]
     monkeypatch.setattr("plumbline_cli.display.live.time.monotonic", lambda: seconds[0])
@@ -101,7 +101,7 @@ def test_plain_lines_say_each_change_once_and_progress_now_and_then(monkeypatch)
         seconds[0] = float(step)
         lines.show(view(live={"sft": live(message=f"step {step}/40")}))
     lines.show(view(status=status(phase="Succeeded", completionTime="2025-01-01T10:00:42Z"), stopping=True))
-    assert console.file.getvalue().splitlines() == [
+    assert output.getvalue().splitlines() == [
         "✔ preflight: 6 s",
         "▶ sft: runs",
         "▶ sft: step 10/40, 62 %, loss 1.84   131 tok/s, 0:34 left",
@@ -112,24 +112,24 @@ def test_plain_lines_say_each_change_once_and_progress_now_and_then(monkeypatch)
 
 
 def test_a_failure_is_told_once():
-    console = Console(file=io.StringIO(), width=200, highlight=False, markup=False)
+    console = Console(file=(output := io.StringIO()), width=200, highlight=False, markup=False)
     lines = PlainLines(console)
     lines.show(view())
     lines.tell(PlannedEvent("Warning", "StageFailed", "sft: BadInput: no such file"))
     lines.show(view(status=status(phase="Failed", reason="BadInput", message="no such file")))
     lines.tell(PlannedEvent("Warning", "Failed", "sft: BadInput: no such file"))
     lines.tell(PlannedEvent("Warning", "StageRetried", "dpo: StorageUnavailable: no answer"))
-    text = console.file.getvalue()
+    text = output.getvalue()
     assert text.count("no such file") == 1
     assert "StageRetried: dpo: StorageUnavailable: no answer" in text
 
 
 def test_the_live_table_leaves_the_last_state_standing():
-    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None, highlight=False)
+    console = Console(file=(output := io.StringIO()), width=80, force_terminal=True, color_system=None, highlight=False)
     with LiveTable(console, "Plumbline · demo") as display:
         display.show(view())
         display.show(view(status=status(phase="Succeeded", completionTime="2025-01-01T10:00:42Z")))
-    text = console.file.getvalue()
+    text = output.getvalue()
     assert "Plumbline · demo" in text
     assert "sft        ✔ 42 s" in text.split("step 25/40")[-1]
 

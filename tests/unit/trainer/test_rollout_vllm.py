@@ -42,7 +42,7 @@ class Served(BaseHTTPRequestHandler):
             self._say(200, "Success: done")
             return
         last = body["prompt"][-1]
-        choices = [
+        choices: list[dict[str, Any]] = [
             {"index": index, "token_ids": [last] * (index + 1) + [END], "finish_reason": "stop", "text": ""}
             for index in range(body["n"])
         ]
