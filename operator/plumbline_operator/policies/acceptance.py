@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from plumbline_api.check import check, check_permissions
+from plumbline_api.check import check
 from plumbline_api.errors import ManifestError, Problem
+from plumbline_api.permissions import check_permissions
 from plumbline_api.pipeline import AlignmentPipeline
 from plumbline_api.record import RunRecord
 from plumbline_api.resolve import resolve

@@ -13,7 +13,8 @@ from plumbline_api.errors import InputError
 from plumbline_api.training import Freeze, Lora
 from plumbline_trainer.engine.optimizer import named_trainables
 from plumbline_trainer.models import adapters, merging
-from plumbline_trainer.models.loading import load_base, torch_dtype
+from plumbline_trainer.models.dtypes import torch_dtype
+from plumbline_trainer.models.loading import load_base
 from plumbline_trainer.models.probing import adapter_on
 from plumbline_trainer.models.saving import save_full
 from plumbline_trainer.models.selection import module_names, select

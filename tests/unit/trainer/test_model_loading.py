@@ -9,12 +9,12 @@ import pytest
 import torch
 from plumbline_api.errors import InputError
 from plumbline_trainer.models import folders
+from plumbline_trainer.models.dtypes import place_weights
 from plumbline_trainer.models.loading import (
     check_weights,
     load_base,
     load_config,
     load_tokenizer,
-    place_weights,
     storage_dtype_of,
 )
 from plumbline_trainer.models.saving import save_full

@@ -231,7 +231,7 @@ class TestAborting:
 
         def watched(run: OnlineRun, figures: Any, **settings: Any) -> None:
             if "kl" in figures and "reward" in figures and settings.get("speak_of_weights", True):
-                seen.append(run._copies())
+                seen.append(run.policy.copies())
                 kl.append(figures["kl"])
             observe(run, figures, **settings)
 

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from plumbline_trainer.data.encode import Encoded, EncodedResponse
 from plumbline_trainer.engine.packing import PackedBatch
+from plumbline_trainer.losses.advantages import clip_rewards, penalise_unfinished
 from plumbline_trainer.rollout.interface import Sampled
+from plumbline_trainer.watch.figures import Rollout
 
 
 @dataclass
@@ -57,6 +59,33 @@ class Experience:
     def finished(self) -> Tensor:
         """[A] bool: the answer ended by itself."""
         return torch.tensor([sampled.finished for sampled in self.answers])
+
+    def shape(self, *, clip: float | None, missing_end_penalty: float | None) -> None:
+        """Make `shaped` of `scores`: within ±clip first, then less the penalty of answers without an end."""
+        self.shaped = self.scores
+        if clip is not None:
+            self.shaped = clip_rewards(self.shaped, bound=clip)
+        if missing_end_penalty is not None:
+            self.shaped = penalise_unfinished(self.shaped, self.finished, penalty=missing_end_penalty)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows, each prompt once per row."""
+        return sum(len(row.prompt) + sum(len(item.ids) for item in row.responses) for row in self.all_rows)
+
+    @property
+    def watched(self) -> Rollout:
+        """What its figures are made of."""
+        return Rollout(
+            ids=[sampled.ids for sampled in self.answers],
+            finished=[sampled.finished for sampled in self.answers],
+            policy=self.old,
+            reference=self.reference,
+            total=self.scores,
+            components=self.components,
+            scores=self.shaped,
+            entropies=self.entropy,
+        )
 
     @property
     def group_size(self) -> int:

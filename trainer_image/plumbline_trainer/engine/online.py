@@ -7,15 +7,11 @@ resumed run goes on with the same numbers.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
-import torch
-from plumbline_api.online import ABORTED, OnlineStage
+from plumbline_api.online import OnlineStage
 from plumbline_api.training import Training
-from plumbline_api.watched import by_importance
 from torch import Tensor
 
 from plumbline_trainer.context import StageContext
@@ -23,8 +19,8 @@ from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.experience import Experience
 from plumbline_trainer.engine.loop import RECENT
+from plumbline_trainer.engine.online_paths import CRITIC, POLICY, choose_paths, take_paths
 from plumbline_trainer.engine.online_state import Kept, OnlineState, Trained, read_online, write_online
-from plumbline_trainer.engine.pathcheck import choose_path
 from plumbline_trainer.engine.policy_gradient import PolicyObjective, ValueObjective
 from plumbline_trainer.engine.prompts import Prompts
 from plumbline_trainer.engine.schedule import epoch_order, plan_steps, random_key
@@ -32,7 +28,6 @@ from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.engine.updates import look_at, update
 from plumbline_trainer.engine.values import ValueScorer
 from plumbline_trainer.errors import Interrupted, TransientError
-from plumbline_trainer.losses.advantages import clip_rewards, penalise_unfinished
 from plumbline_trainer.rewards.combining import RewardSet, Scored
 from plumbline_trainer.rewards.interface import Candidate
 from plumbline_trainer.rollout.interface import RolloutEngine
@@ -44,7 +39,8 @@ from plumbline_trainer.storage.checkpoints import (
 )
 from plumbline_trainer.watch.abort import AbortWatch
 from plumbline_trainer.watch.course import Course
-from plumbline_trainer.watch.figures import Rollout, held_out_figures, rollout_figures, time_shares
+from plumbline_trainer.watch.figures import held_out_figures, rollout_figures, time_shares
+from plumbline_trainer.watch.stopwatch import Stopwatch
 from plumbline_trainer.watch.sycophancy import Probe, measure
 
 
@@ -110,7 +106,7 @@ class OnlineRun:
         self.good: dict[str, Tensor] = {}
         """Weights that the stage would yield if it were aborted; kept where there are stop rules."""
         self._experience: Experience | None = None
-        self._seconds: dict[str, float] = {}
+        self._stopwatch = Stopwatch()
         self._committed: tuple[int, int, bool] = (0, 0, False)
         self._checkpoint: Checkpoint | None = load_latest_checkpoint(context)
         if not ranks.same(self._checkpoint.step if self._checkpoint is not None else -1):
@@ -127,11 +123,11 @@ class OnlineRun:
         """
         self.kept |= kept
         if self.watch.rules:
-            self.good = self._copies()
+            self.good = self.policy.copies()
         if self._checkpoint is None:
             return
         self.state, self.good, rollout = read_online(self._checkpoint.folder, self._models, self.kept)
-        self._set_paths()
+        take_paths(self._models, self.reference, self.state)
         if rollout is not None:
             prompts = self._prompts_of(self.state.step)
             self._experience = Experience.restored(prompts, self.training.token_budget, rollout)
@@ -198,11 +194,11 @@ class OnlineRun:
 
     def _roll_out(self) -> Experience:
         """Answers to the iteration's prompts with everything that is known of them."""
-        self._seconds = {}
+        self._stopwatch = Stopwatch()
         step, parameters = self.state.step, self.parameters
         prompts = self._prompts_of(step)
         seed = random_key(self.seed, "rollout", step)
-        with self._timed("generating"):
+        with self._stopwatch.timing("generating"):
             samples = self.engine.sample(
                 [self.prompts.to_answer(row) for row in prompts],
                 answers=self.answers,
@@ -211,17 +207,16 @@ class OnlineRun:
             )
         self.leave_if_stopped()
         found = Experience(prompts, samples, self.training.token_budget)
-        with self._timed("scoring"):
+        with self._stopwatch.timing("scoring"):
             self._tell("scoring answers")
             scored = self._score(self.prompts.candidates(prompts, samples))
-            found.scores, found.components, shaped = scored.total, scored.components, scored.total
-            if parameters.score_clip is not None:
-                shaped = clip_rewards(shaped, bound=parameters.score_clip)
-            if parameters.missing_end_penalty is not None:
-                shaped = penalise_unfinished(shaped, found.finished, penalty=parameters.missing_end_penalty)
-            found.shaped = shaped
+            found.scores, found.components = scored.total, scored.components
+            found.shape(clip=parameters.score_clip, missing_end_penalty=parameters.missing_end_penalty)
             if self.state.path is None:
-                self._choose_paths(found.all_rows)
+                self._tell("comparing the fast path with the plain one")
+                tokens = self.training.token_budget
+                choose_paths(self.context, self.ranks, self._models, self.state, found.all_rows, tokens=tokens)
+                take_paths(self._models, self.reference, self.state)
             look_at(
                 found,
                 self.scorer,
@@ -230,7 +225,7 @@ class OnlineRun:
                 tokens_per_batch=self.training.token_budget,
                 ranks=self.ranks,
             )
-        self.state.figures = self.course.observe(rollout_figures(_watched(found)))
+        self.state.figures = self.course.observe(rollout_figures(found.watched))
         # They speak of the weights that sampled, and these are there now.
         self._observe(self.state.figures)
         self._experience = found
@@ -254,7 +249,7 @@ class OnlineRun:
         per_epoch, state = self.parameters.mini_batches, self.state
         names = tuple(str(index) for index in range(len(experience.prompts)))
         seed = random_key(self.seed, "updates", state.step)
-        with self._timed("training"):
+        with self._stopwatch.timing("training"):
             while state.updates < self.update_epochs * per_epoch:
                 self.leave_if_stopped()
                 self._tell(f"update {state.updates + 1} of {self.update_epochs * per_epoch}")
@@ -283,11 +278,9 @@ class OnlineRun:
     def close(self, figures: Mapping[str, float]) -> None:
         """End the iteration: report its figures, look at the stop rules, perhaps write a checkpoint."""
         assert self._experience is not None
-        experience = self._experience
-        tokens = sum(len(row.prompt) + sum(len(item.ids) for item in row.responses) for row in experience.all_rows)
-        spent = {name: self._seconds.get(name, 0.0) for name in ("generating", "scoring", "training")}
-        later = self.course.observe({**figures, **time_shares(**spent)})
-        record = {**self.state.figures, **later, "tokensPerSecond": tokens / max(sum(spent.values()), 1e-9)}
+        tokens = self._experience.tokens
+        later = self.course.observe({**figures, **time_shares(**self._stopwatch.spent)})
+        record = {**self.state.figures, **later, "tokensPerSecond": tokens / self._stopwatch.seconds}
         self.state.tokens += tokens
         self.tokens_here += tokens
         self.state.step += 1
@@ -305,21 +298,14 @@ class OnlineRun:
         if self.watch.reason is not None:
             self.state.ended = self.watch.reason
         elif speak_of_weights and self.watch.good:
-            self.good, self.state.good_step = self._copies(), self.state.step
+            self.good, self.state.good_step = self.policy.copies(), self.state.step
 
     def _put_good_back(self) -> None:
         """Yield the last good weights."""
         message = f"aborted after iteration {self.state.step} of {self.plan.steps}: {self.state.ended}"
         if self.ranks.is_main:
             self.context.log.warning("%s; the output is the weights after iteration %d", message, self.state.good_step)
-        with torch.no_grad():
-            for name, parameter in self.policy.trainables.items():
-                parameter.copy_(self.good[name])
-
-    def _copies(self) -> dict[str, Tensor]:
-        return {
-            name: parameter.detach().cpu().clone().contiguous() for name, parameter in self.policy.trainables.items()
-        }
+        self.policy.put(self.good)
 
     # Held-out prompts
 
@@ -372,26 +358,8 @@ class OnlineRun:
         return self.state.step
 
     def figures(self, counts: Mapping[str, float]) -> dict[str, float]:
-        """Figures at the end, the deciding ones first, because not all of them travel: evaluations, means over the last
-        iterations, totals.
-
-        Args:
-            counts: What became of prompts and weights.
-        """
-        recent = self.state.recent
-        found = {name: [item[name] for item in recent if name in item] for item in recent for name in item}
-        means = {name: sum(values) / len(values) for name, values in found.items()}
-        known: dict[str, float | None] = {
-            ABORTED: float(bool(self.state.ended)) if self.watch.rules else None,
-            "evalRewardStart": self.state.start.get("evalReward"),
-            "goldRewardStart": self.state.start.get("goldReward"),
-            "steps": float(self.state.step),
-            **counts,
-            "plainPath": float(self.state.path == "plain"),
-            "tokens": float(self.state.tokens),
-            **by_importance({**means, **self.state.latest}),
-        }
-        return {name: value for name, value in known.items() if value is not None}
+        """Figures at the end, with counts of what became of prompts and weights."""
+        return self.state.figures_at_end(counts, may_be_aborted=bool(self.watch.rules))
 
     def _report(self, figures: Mapping[str, float]) -> None:
         if self.ranks.is_main:
@@ -410,48 +378,14 @@ class OnlineRun:
         if self.ranks.size == 1 and self.context.stop.requested:
             self._leave()
 
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - started
-
     # Parts
 
     @property
     def _models(self) -> dict[str, Trained]:
-        return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
+        return {POLICY: self.policy} | ({} if self.critic is None else {CRITIC: self.critic})
 
     def _prompts_of(self, step: int) -> list[Encoded]:
         return [self.prompts.train[index] for index in self.plan.rows(step)]
-
-    def _choose_paths(self, rows: Sequence[Encoded]) -> None:
-        self._tell("comparing the fast path with the plain one")
-        for trained in self._models.values():
-            choice = choose_path(
-                trained.scorer,
-                rows,
-                trained.trainables,
-                tokens=self.training.token_budget,
-                ranks=self.ranks,
-            )
-            level = self.context.log.info if choice.path == "fast" else self.context.log.warning
-            level("%s path: %s", choice.path, choice.reason)
-            if trained is self.policy:
-                self.state.path = choice.path
-            else:
-                self.state.critic_path = choice.path
-        self._set_paths()
-
-    def _set_paths(self) -> None:
-        if self.state.path is not None:
-            self.scorer.path = self.state.path
-            if self.reference is not None:
-                self.reference.path = self.state.path
-        if self.critic is not None and self.state.critic_path is not None:
-            self.critic.scorer.path = self.state.critic_path
 
     def _save(self) -> None:
         """Commit a checkpoint of where the stage stands; the upload goes on beside it."""
@@ -463,16 +397,3 @@ class OnlineRun:
             part = 1 + state.updates if self._experience is not None else 0
             save_checkpoint(self.context, state.step, folder, {"step": state.step}, part=part)
         self._committed = (state.step, state.updates, self._experience is not None)
-
-
-def _watched(found: Experience) -> Rollout:
-    return Rollout(
-        ids=[sampled.ids for sampled in found.answers],
-        finished=[sampled.finished for sampled in found.answers],
-        policy=found.old,
-        reference=found.reference,
-        total=found.scores,
-        components=found.components,
-        scores=found.shaped,
-        entropies=found.entropy,
-    )

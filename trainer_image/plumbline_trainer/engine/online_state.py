@@ -8,7 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+from plumbline_api.online import ABORTED
 from plumbline_api.training import Training
+from plumbline_api.watched import by_importance
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -64,6 +67,28 @@ class OnlineState:
     ended: str = ""
     """Why the stage takes no further iteration although some are left."""
 
+    def figures_at_end(self, counts: Mapping[str, float], *, may_be_aborted: bool) -> dict[str, float]:
+        """The stage's figures, the deciding ones first, because not all of them travel: evaluations, means over the
+        last iterations, totals.
+
+        Args:
+            counts: What became of prompts and weights.
+            may_be_aborted: Whether there are stop rules.
+        """
+        found = {name: [item[name] for item in self.recent if name in item] for item in self.recent for name in item}
+        means = {name: sum(values) / len(values) for name, values in found.items()}
+        known: dict[str, float | None] = {
+            ABORTED: float(bool(self.ended)) if may_be_aborted else None,
+            "evalRewardStart": self.start.get("evalReward"),
+            "goldRewardStart": self.start.get("goldReward"),
+            "steps": float(self.step),
+            **counts,
+            "plainPath": float(self.path == "plain"),
+            "tokens": float(self.tokens),
+            **by_importance({**means, **self.latest}),
+        }
+        return {name: value for name, value in known.items() if value is not None}
+
 
 class Trained:
     """A model that is trained: its scorer, its parameters, its optimizer."""
@@ -73,6 +98,16 @@ class Trained:
         self.scorer = scorer
         self.trainables = scorer.trainables()
         self.optimizer = Optimizer(self.trainables, training, steps)
+
+    def copies(self) -> dict[str, Tensor]:
+        """The weights as they are now, on the CPU."""
+        return {name: parameter.detach().cpu().clone().contiguous() for name, parameter in self.trainables.items()}
+
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Put copies back; the optimizer stays as it is."""
+        with torch.no_grad():
+            for name, parameter in self.trainables.items():
+                parameter.copy_(weights[name])
 
     def write(self, folder: Path, name: str) -> dict[str, Any]:
         """Write weights and moments; the rest of the optimizer's state as JSON."""

@@ -21,7 +21,7 @@ from plumbline_trainer.engine.sharding import own_part
 from plumbline_trainer.engine.trained import row_counts
 from plumbline_trainer.engine.values import ValueHeads, Values, ValueScorer, score_values
 from plumbline_trainer.evaluation.rewards import HeldOutFigures, RewardedRow, measure_rewards
-from plumbline_trainer.models.loading import place_weights, torch_dtype
+from plumbline_trainer.models.dtypes import place_weights, torch_dtype
 from plumbline_trainer.models.policy import Policy
 from plumbline_trainer.models.reward import KIND, RewardConfig, save_reward_model
 

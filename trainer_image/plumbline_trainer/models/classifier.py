@@ -16,7 +16,7 @@ from plumbline_trainer.data.encode import tokenize
 from plumbline_trainer.data.rows import Message
 from plumbline_trainer.data.templates import Renderer
 from plumbline_trainer.engine.distributed import Ranks
-from plumbline_trainer.models.loading import torch_dtype
+from plumbline_trainer.models.dtypes import torch_dtype
 from plumbline_trainer.models.tokenizer import Tokenizer
 
 

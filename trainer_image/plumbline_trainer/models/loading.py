@@ -14,6 +14,7 @@ from plumbline_api.errors import InputError
 
 from plumbline_trainer.models import folders
 from plumbline_trainer.models.converted import keep, kept_folder
+from plumbline_trainer.models.dtypes import torch_dtype
 from plumbline_trainer.models.gguf import is_gguf, shared_reader
 from plumbline_trainer.models.headers import BITS
 from plumbline_trainer.models.tokenizer import Tokenizer, make_tokenizer
@@ -36,27 +37,6 @@ _UNREADABLE = (
     struct.error,
 )
 """What readers of other people's files raise when the file is not what it should be."""
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """`float32` or `bfloat16` as torch's type."""
-    import torch
-
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def place_weights(model: Any, dtype: str, device: torch.device | str) -> None:
-    """Move a model to a device and its weights to a type, in place.
-
-    Buffers keep their type: rotary frequencies rounded to bfloat16 would be off by radians at the thousandth token.
-    """
-    import torch
-
-    model.to(device)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(torch_dtype(dtype))
 
 
 def storage_dtype_of(path: Path, declared: str = "auto") -> StorageDtype:

@@ -13,7 +13,8 @@ from plumbline_api.stagerun import StageInput
 
 from plumbline_trainer.data.sources import fetch_model
 from plumbline_trainer.models.adapters import ADAPTER_CONFIG, read_adapter
-from plumbline_trainer.models.loading import load_base, place_weights, storage_dtype_of, torch_dtype
+from plumbline_trainer.models.dtypes import place_weights, torch_dtype
+from plumbline_trainer.models.loading import load_base, storage_dtype_of
 from plumbline_trainer.models.merging import (
     LOST_PART_WARNING,
     Adapter,

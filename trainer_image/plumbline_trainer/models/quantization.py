@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from plumbline_api.errors import InputError
 from plumbline_api.training import Freeze, Lora
 
-from plumbline_trainer.models.loading import torch_dtype
+from plumbline_trainer.models.dtypes import torch_dtype
 from plumbline_trainer.models.selection import module_names, select
 
 if TYPE_CHECKING:

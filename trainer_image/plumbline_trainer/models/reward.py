@@ -24,7 +24,8 @@ from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.pathcheck import choose_path
 from plumbline_trainer.engine.values import ValueHeads, ValueScorer, score_values
 from plumbline_trainer.models.adapters import ADAPTER_WEIGHTS, attach_lora, load_adapter_state, save_adapter
-from plumbline_trainer.models.loading import load_base, place_weights
+from plumbline_trainer.models.dtypes import place_weights
+from plumbline_trainer.models.loading import load_base
 from plumbline_trainer.models.policy import Policy, load_policy, policy_meta
 from plumbline_trainer.models.quantization import quantize
 from plumbline_trainer.models.saving import save_full

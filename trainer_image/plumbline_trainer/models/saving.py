@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plumbline_trainer.models.loading import torch_dtype
+from plumbline_trainer.models.dtypes import torch_dtype
 from plumbline_trainer.models.merging import stored_weights
 from plumbline_trainer.models.tokenizer import Tokenizer
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from plumbline_trainer.models.adapters import adapter_layers
-from plumbline_trainer.models.loading import torch_dtype
+from plumbline_trainer.models.dtypes import torch_dtype
 from plumbline_trainer.models.merging import START_PREFIX, starts_of
 
 if TYPE_CHECKING:

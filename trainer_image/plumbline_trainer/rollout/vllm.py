@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from plumbline_trainer.errors import InputError, TransientError
 from plumbline_trainer.models.adapters import adapter_of, save_adapter
-from plumbline_trainer.models.loading import torch_dtype
+from plumbline_trainer.models.dtypes import torch_dtype
 from plumbline_trainer.models.merging import merged_weights, starts_of
 from plumbline_trainer.models.saving import save_full
 from plumbline_trainer.models.tokenizer import Tokenizer

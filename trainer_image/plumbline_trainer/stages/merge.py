@@ -13,7 +13,7 @@ from torch import Tensor
 from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.models.combining import Account, Recipe, combine
-from plumbline_trainer.models.loading import place_weights, torch_dtype
+from plumbline_trainer.models.dtypes import place_weights, torch_dtype
 from plumbline_trainer.models.merging import LOST_PART_WARNING, stored_weights, weights_digest
 from plumbline_trainer.models.parts import Part, check_fit, set_aside
 from plumbline_trainer.models.policy import Policy, load_policy, policy_meta
