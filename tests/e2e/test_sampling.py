@@ -11,7 +11,7 @@ from support.tinypipeline import Manifest, tiny_manifest
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 
-ITERATIONS = 24
+ITERATIONS = 40
 TRAINING: dict[str, Any] = {"globalBatch": 4, "maxLength": 128, "epochs": 99, "learningRate": 1e-3}
 REWARD = {
     "name": "reward",

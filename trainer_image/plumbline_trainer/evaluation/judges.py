@@ -14,6 +14,7 @@ from plumbline_trainer.data.encode import Encoded, EncodedResponse, tokenize
 from plumbline_trainer.data.rows import Message
 from plumbline_trainer.data.templates import Renderer
 from plumbline_trainer.models.tokenizer import Tokenizer
+from plumbline_trainer.patterns import make_search
 
 ANSWER_SHOWN_MAX = 4000
 """Characters of an answer that a judge model is shown; longer ones are cut alike on both sides."""
@@ -83,11 +84,7 @@ def make_rule(rule: RuleJudge) -> Callable[[str], bool]:
         sentences = rule.max_sentences
         return lambda answer: 1 <= count_sentences(answer) <= sentences
     assert rule.matches is not None
-    try:
-        pattern = re.compile(rule.matches)
-    except re.error as error:
-        raise InputError(f'judge.rule.matches: "{rule.matches}" is not a regular expression: {error}') from error
-    return lambda answer: pattern.search(answer) is not None
+    return make_search(rule.matches, "judge.rule.matches")
 
 
 def describe_rule(rule: RuleJudge) -> str:

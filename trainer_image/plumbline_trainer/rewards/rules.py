@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from plumbline_api.online import Reward
 
 from plumbline_trainer.errors import InputError
+from plumbline_trainer.patterns import make_search
 from plumbline_trainer.rewards.interface import Candidate
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ def make_rule(reward: Reward, place: str) -> Rule:
         return lambda candidate: repeated_share(candidate.answer)
     if reward.rule == "matches":
         assert reward.pattern is not None
-        pattern = re.compile(reward.pattern)
-        return lambda candidate: float(pattern.search(candidate.answer) is not None)
+        holds = make_search(reward.pattern, f"{place}.pattern")
+        return lambda candidate: float(holds(candidate.answer))
     if reward.rule == "keywords":
         wanted = [word.casefold() for word in reward.keywords or []]
         return lambda candidate: sum(word in candidate.answer.casefold() for word in wanted) / len(wanted)
