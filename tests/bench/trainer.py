@@ -44,6 +44,9 @@ BUNDLED = "bundled://smollm2-135m-instruct"
 def main(arguments: Sequence[str]) -> int:
     """Measure what was asked for and publish it."""
     options = _options().parse_args(arguments)
+    if options.table:
+        page.replace("trainer", trainer_table.section(trainer_table.read()))
+        return 0
     with tempfile.TemporaryDirectory() as place:
         model = options.model or _bundled(Path(place) / "model")
         for method, profile in ((method, profile) for method in options.methods for profile in options.profiles):
@@ -77,6 +80,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--model", help="a model folder; absent: bundled://smollm2-135m-instruct")
+    parser.add_argument("--table", action="store_true", help="measure nothing; write the table from what was found")
     parser.add_argument("--dry", action="store_true", help="print the table, leave the page alone")
     return parser
 
@@ -125,7 +129,8 @@ def _compare(method: str, profile: str, model: str, options: argparse.Namespace)
 def _best_batch(task: Task, options: argparse.Namespace) -> int:
     """The device batch with which trl takes a step fastest: one short run each, larger ones until they stop helping."""
     speeds: dict[int, float] = {}
-    for batch in sorted(size for size in options.sweep if task.answers_per_step % size == 0):
+    least = 2 if task.stage == "kto" else 1  # trl refuses to take KTO's reference point from one answer
+    for batch in sorted(size for size in options.sweep if size >= least and task.answers_per_step % size == 0):
         trial = replace(task, side="trl", batch=batch, rows=min(task.rows, 2 * task.global_batch))
         speeds[batch] = run_side(trial).rows_per_second
         if speeds[batch] < max(speeds.values()):

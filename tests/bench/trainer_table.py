@@ -19,7 +19,7 @@ NOTE = (
     "over paired runs. *Best* is trl without checkpointing, with a precomputed reference and the device batch in brackets, "
     "the fastest of those tried; *default* as trl comes, at the same precision and optimizer step. The FLOP bound is the "
     "ratio of floating-point operations that the two ways ask for (padding, repeated prompts, head at every position): what "
-    "the speed-up against best would be at equal use of the machine. Memory is the resident peak, and in brackets what of it "
+    "the speed-up against best would be at equal use of the machine, which the GFLOP/s show. Memory is the resident peak, and in brackets what of it "
     "lies above imports and weights. `ppo` and `grpo` sample: rows are prompts, with 8 answers each for grpo and one for "
     "ppo, all of the same length; a step is an iteration of sampling, scoring by a rule and updating (ppo four times, with "
     "an adapter and a head as its critic on both sides)."
@@ -81,6 +81,7 @@ def _row(case: Case) -> dict[str, str]:
         "× best": _ratio(ours, best),
         "× default": _ratio(ours, default),
         "FLOP bound": f"{best[0].operations / ours[0].operations:.2f}" if ours and best and ours[0].operations else "",
+        "GFLOP/s, ours and best": f"{_rate(ours):.0f}, {_rate(best):.0f}" if ours and best and _rate(ours) else "",
         "ours (tokens/s)": f"{statistics.median(run.tokens_per_second for run in ours):.0f}" if ours else "",
         "memory ours (MiB)": _memory(ours),
         "memory trl best (MiB)": _memory(best),
@@ -98,6 +99,11 @@ def _row(case: Case) -> dict[str, str]:
 def _ratio(ours: list[Measured], other: list[Measured]) -> str:
     ratios = [one.rows_per_second / two.rows_per_second for one, two in zip(ours, other, strict=False)]
     return f"{statistics.median(ratios):.2f}" if ratios else ""
+
+
+def _rate(runs: list[Measured]) -> float:
+    """Billions of floating-point operations per second, over the reference pass and all steps."""
+    return statistics.median(run.operations / (run.reference_seconds + sum(run.step_seconds)) for run in runs) / 1e9
 
 
 def _speed(runs: list[Measured]) -> str:
