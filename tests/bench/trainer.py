@@ -130,7 +130,10 @@ def _best_batch(task: Task, options: argparse.Namespace) -> int:
     """The device batch with which trl takes a step fastest: one short run each, larger ones until they stop helping."""
     speeds: dict[int, float] = {}
     least = 2 if task.stage == "kto" else 1  # trl refuses to take KTO's reference point from one answer
-    for batch in sorted(size for size in options.sweep if size >= least and task.answers_per_step % size == 0):
+    sizes = sorted(size for size in options.sweep if size >= least and task.answers_per_step % size == 0)
+    if len(sizes) == 1:
+        return int(sizes[0])
+    for batch in sizes:
         trial = replace(task, side="trl", batch=batch, rows=min(task.rows, 2 * task.global_batch))
         speeds[batch] = run_side(trial).rows_per_second
         if speeds[batch] < max(speeds.values()):
