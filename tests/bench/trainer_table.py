@@ -60,6 +60,8 @@ def section(cases: Mapping[str, Case]) -> str:
         "The raw figures are in tests/bench/trainer.json."
     )
     rows = [_row(cases[name]) for name in sorted(cases)]
+    measured = [key for key in rows[0] if any(row[key] for row in rows)]  # a side may be left out everywhere
+    rows = [{key: row[key] for key in measured} for row in rows]
     libraries = ("torch", "transformers", "trl", "peft", "accelerate")
     return page.section("Training against trl", how, rows, libraries, NOTE)
 
