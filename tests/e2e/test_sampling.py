@@ -1,6 +1,5 @@
 """Stages that learn from sampled answers on the real node: the bits of a local run, also when a pod goes away meanwhile."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,8 @@ def test_ppo_whose_pod_is_deleted_ends_with_the_bits_of_a_local_run(
     assert figures["steps"] == ITERATIONS
     assert {"evalReward", "evalRewardStart", "goldReward", "goldRewardStart"} <= set(figures)
     hacked = stage_status(status, "hacked")
+    assert (hacked["phase"], hacked["reason"]) == ("Succeeded", "Aborted")
+    assert hacked["message"].startswith("length.mean above 0.5 for 2 steps")
     assert {item["name"]: float(item["value"]) for item in hacked["metrics"]}["aborted"] == 1.0
-    assert "length" in json.dumps(hacked), "the rule that ended it is named"
     page = tenant.read(run.report_files()["report.html"]).decode()
-    assert "Reward over KL" in page or "reward over KL" in page
+    assert "Reward over KL" in page
