@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from plumbline_api.online import Reward
 from plumbline_trainer.data.rows import Message
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.errors import InputError
+from plumbline_trainer.patterns import make_search
+from plumbline_trainer.rewards import rules
 from plumbline_trainer.rewards.interface import Candidate
 from plumbline_trainer.rewards.rules import RuleReward, last_number, make_rule, repeated_share
 
@@ -133,3 +136,17 @@ def test_a_schema_that_is_none_is_refused() -> None:
 def test_a_schema_leads_nowhere_outside_itself(target: str) -> None:
     with pytest.raises(InputError, match=r"rewards\[0\]\.schema: refers to .*, which is not in it"):
         score("{}", rule="jsonSchema", schema=json.dumps({"$ref": target}))
+
+
+def test_expressions_of_a_schema_are_searched_within_time_and_must_be_some() -> None:
+    words = json.dumps({"type": "object", "properties": {"word": {"type": "string", "pattern": "^[a-z]+$"}}})
+    assert score('{"word": "plumb"}', rule="jsonSchema", schema=words) == 1.0
+    assert score('{"word": "PLUMB"}', rule="jsonSchema", schema=words) == 0.0
+    with pytest.raises(InputError, match=r"rewards\[0\]\.schema: is not a JSON schema \(at pattern\): .*regex"):
+        score('"a"', rule="jsonSchema", schema='{"pattern": "("}')
+
+
+def test_an_expression_of_a_schema_that_runs_away_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "make_search", partial(make_search, seconds=0.2))
+    with pytest.raises(InputError, match=r"rewards\[0\]\.schema: .* was not found or ruled out within 0\.2 s"):
+        score(json.dumps("a" * 60 + "!"), rule="jsonSchema", schema='{"pattern": "^(a|aa)+$"}')

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from plumbline_api.online import Reward
@@ -126,20 +126,25 @@ def json_rule(schema: str, place: str) -> Rule:
         InputError: if the schema is none.
     """
     from jsonschema import SchemaError, ValidationError
-    from jsonschema.validators import validator_for
+    from jsonschema.validators import extend, validator_for
     from referencing import Registry
     from referencing.exceptions import Unresolvable
 
     document = json.loads(schema)
     kind = validator_for(document)
     try:
-        kind.check_schema(document)
+        kind.check_schema(document, format_checker=kind.FORMAT_CHECKER)  # expressions are a format
     except SchemaError as error:
         where = "/".join(map(str, error.absolute_path))
         raise InputError(
             f"{place}.schema: is not a JSON schema{f' (at {where})' if where else ''}: {error.message}"
         ) from error
-    validator = kind(document, registry=Registry())
+
+    def fits_pattern(validator: Any, pattern: str, value: Any, _schema: Any) -> Iterator[ValidationError]:
+        if validator.is_type(value, "string") and not make_search(pattern, f"{place}.schema")(value):
+            yield ValidationError(f"does not match {pattern}")
+
+    validator = extend(kind, {"pattern": fits_pattern})(document, registry=Registry())
 
     def holds(candidate: Candidate) -> float:
         try:
