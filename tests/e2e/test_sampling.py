@@ -64,7 +64,7 @@ def test_ppo_whose_pod_is_deleted_ends_with_the_bits_of_a_local_run(
 ) -> None:
     with run_beside(tmp_path, sampling_manifest("sampling", tiny_inputs.as_uri())) as local:
         run = tenant.run(sampling_manifest("sampling", tenant.prefix, storage=tenant.storage))
-        run.until("some iterations are committed", lambda _: len(run.checkpoints("rlhf")) > 1)
+        run.until("two iterations are committed", lambda _: max(run.checkpoints("rlhf"), default=0) >= 2)
         [pod] = [pod for pod in run.pods("rlhf") if pod["status"]["phase"] == "Running"]
         run.kubectl("delete", "pod", pod["metadata"]["name"], "--wait=false", "--grace-period=40")
         status = run.until_succeeded()

@@ -216,7 +216,9 @@ class Run:
         if "fingerprint" not in stage_status(self.status, stage):
             return []
         files = self.tenant.objects(f"{self.stage_root(stage)}/runs/{self.uid}/checkpoints/")
-        return sorted(int(uri.split("/")[-2].split("-")[0]) for uri in files if uri.endswith("/manifest.json"))
+        names = [uri.split("/")[-2] for uri in files if uri.endswith("/manifest.json")]
+        # Of a stage that samples also those within an iteration: 00000003.000002-….
+        return sorted(int(name.split("-")[0].split(".")[0]) for name in names)
 
     def report_files(self) -> dict[str, str]:
         """Name and URI of the pipeline's own documents in storage."""
