@@ -20,8 +20,8 @@ NOTE = (
     "the fastest of those tried; *default* as trl comes, at the same precision and optimizer step. The FLOP bound is the "
     "ratio of floating-point operations that the two ways ask for (padding, repeated prompts, head at every position): what "
     "the speed-up against best would be at equal use of the machine, which the GFLOP/s show. Memory is the resident peak, and in brackets what of it "
-    "lies above imports and weights. `ppo` and `grpo` sample: rows are prompts, with 8 answers each for grpo and one for "
-    "ppo, all of the same length; a step is an iteration of sampling, scoring by a rule and updating (ppo four times, with "
+    "lies above imports and weights. Where `ppo` and `grpo` are listed they sample: rows are prompts, with one answer each "
+    "for ppo and several for grpo, all of the same length; a step is an iteration of sampling, scoring by a rule and updating (ppo four times, with "
     "an adapter and a head as its critic on both sides)."
 )
 

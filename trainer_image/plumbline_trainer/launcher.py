@@ -214,7 +214,7 @@ def _start(
             # that the slower thread needs (on two busy cores three times the processor time, and twice the wall time).
             "OMP_WAIT_POLICY": environment.get("OMP_WAIT_POLICY") or "PASSIVE",
             # Large tensors go back to the system when freed. Left to itself glibc keeps them on its heap, whose
-            # holes took a fifth more memory than a step's activations.
+            # holes add to the resident memory.
             "MALLOC_MMAP_THRESHOLD_": environment.get("MALLOC_MMAP_THRESHOLD_", MALLOC_THRESHOLD),
             "MALLOC_TRIM_THRESHOLD_": environment.get("MALLOC_TRIM_THRESHOLD_", MALLOC_THRESHOLD),
             "TOKENIZERS_PARALLELISM": environment.get("TOKENIZERS_PARALLELISM", "true"),
