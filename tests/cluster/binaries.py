@@ -45,9 +45,9 @@ PROGRAMS = {
     program.name: program
     for program in (
         Program("kubernetes", SOURCES, "./cmd/kubernetes", KUBERNETES_PARTS),
-        Program("etcd", SOURCES / "cmd/etcd", "."),
-        Program("coredns", SOURCES / "cmd/coredns", "."),
-        Program("helm", SOURCES / "cmd/helm", "helm.sh/helm/v3/cmd/helm"),
+        Program("etcd", SOURCES, "./cmd/etcd"),
+        Program("coredns", SOURCES, "./cmd/coredns"),
+        Program("helm", SOURCES, "helm.sh/helm/v3/cmd/helm"),
         Program("versitygw", SOURCES / "cmd/versitygw", "github.com/versity/versitygw/cmd/versitygw"),
     )
 }

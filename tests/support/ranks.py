@@ -20,7 +20,7 @@ from plumbline_trainer.worker import execute
 from support.trainer import stage_context
 
 
-def run_ranks(folder: Path, run: StageRun, timeout: float = 120) -> StageResult:
+def run_ranks(folder: Path, run: StageRun, timeout: float = 600) -> StageResult:
     """Run a stage with `run.processes_per_node` ranks to its end; the result of rank 0, which must be a success."""
     ranks, results = _start(folder, run)
     try:
@@ -38,7 +38,7 @@ def run_ranks(folder: Path, run: StageRun, timeout: float = 120) -> StageResult:
     return found[0]
 
 
-def in_ranks(size: int, work: Callable[[Ranks], Any], timeout: float = 120) -> list[Any]:
+def in_ranks(size: int, work: Callable[[Ranks], Any], timeout: float = 600) -> list[Any]:
     """What a piece of work gives on each of so many ranks that have joined."""
     port, context = _free_port(), multiprocessing.get_context("fork")
     results: multiprocessing.Queue[tuple[int, Any]] = context.Queue()
@@ -61,7 +61,7 @@ def in_ranks(size: int, work: Callable[[Ranks], Any], timeout: float = 120) -> l
     return [found[number] for number in range(size)]
 
 
-def run_killed_ranks(folder: Path, run: StageRun, timeout: float = 120) -> None:
+def run_killed_ranks(folder: Path, run: StageRun, timeout: float = 600) -> None:
     """Start ranks that the test has made to kill themselves, and see every one of them killed."""
     ranks, _ = _start(folder, run)
     try:

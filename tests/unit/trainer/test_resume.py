@@ -53,6 +53,7 @@ SAMPLING = {
     "rewards": [{"rule": "keywords", "keywords": ["a", "e"], "normalize": True}],
     "rollout": {"maxNewTokens": 6},
     "answers": 2,
+    "updateEpochs": 2,
     "miniBatches": 2,
     "kl": {"coefficient": 0.1, "target": 1.0, "horizon": 100},
 }
@@ -244,7 +245,7 @@ def newest_checkpoint(run: StageRun, folder: Path) -> int:
 
 
 def wait_for_checkpoint(process: subprocess.Popen[str], run: StageRun, folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while newest_checkpoint(run, folder) < step:
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
@@ -259,6 +260,7 @@ def last_step_said(output: str) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("processes", "type_"), [(1, "sft"), (2, "dpo"), (1, "ppo")])
 def test_through_the_launcher(tmp_path: Path, processes: int, type_: str) -> None:
     """Killed, then stopped, then left alone: three attempts end with the bits of one."""
@@ -273,14 +275,14 @@ def test_through_the_launcher(tmp_path: Path, processes: int, type_: str) -> Non
         "processes": processes,
     }
     if type_ == "ppo":
-        settings |= {"stage": SAMPLING, "epochs": 20, "maxSteps": 120, "maxLength": 64}
+        settings |= {"stage": SAMPLING, "epochs": 20, "maxSteps": 50, "maxLength": 64}
     whole_run = training_run(tmp_path / "whole", type_, **settings)
     total = run_ranks(tmp_path / "whole", whole_run).last_step
     assert total is not None
-    assert total > 50
+    assert total >= 50
 
     rng = random.Random()
-    killed_after, stopped_after = rng.randint(3, 15), rng.randint(18, 30)
+    killed_after, stopped_after = rng.randint(3, 12), rng.randint(15, 24)
     print(f"killed after step {killed_after}, stopped after step {stopped_after}")
     folder = tmp_path / "killed"
     first = training_run(folder, type_, attempt=1, **settings)
