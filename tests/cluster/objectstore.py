@@ -2,6 +2,7 @@
 
 import secrets
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +38,24 @@ class ObjectStore:
         }
 
     def client(self) -> Any:
-        """A boto3 client with the server's keys."""
-        import boto3
-        from botocore.config import Config
+        """The boto3 client with the server's keys; threads may share it."""
+        return _client(self)
 
-        return boto3.client(
-            "s3",
-            endpoint_url=self.endpoint,
-            aws_access_key_id=self.access_key,
-            aws_secret_access_key=self.secret_key,
-            region_name=self.region,
-            config=Config(s3={"addressing_style": "path"}, retries={"max_attempts": 2}, connect_timeout=3),
-        )
+
+@cache
+def _client(store: ObjectStore) -> Any:
+    """Made once: it takes as long as a hundred requests."""
+    import boto3
+    from botocore.config import Config
+
+    return boto3.client(
+        "s3",
+        endpoint_url=store.endpoint,
+        aws_access_key_id=store.access_key,
+        aws_secret_access_key=store.secret_key,
+        region_name=store.region,
+        config=Config(s3={"addressing_style": "path"}, retries={"max_attempts": 2}, connect_timeout=3),
+    )
 
 
 def server_arguments(address: str, port: int, folder: Path) -> list[str]:

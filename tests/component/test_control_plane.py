@@ -43,6 +43,11 @@ def test_namespace_exists_and_the_job_controller_makes_pods(control_plane: Contr
     while not (pods := core.list_namespaced_pod(namespace, label_selector="job-name=first").items):
         assert time.monotonic() < deadline, "the Job controller made no pod within 20 s"
     assert pods[0].spec.containers[0].image == "localhost/nothing"
+    [pod] = control_plane.read(f"/api/v1/namespaces/{namespace}/pods", labelSelector="job-name=first")["items"]
+    assert pod["metadata"]["name"] == pods[0].metadata.name
+    assert control_plane.read(f"/api/v1/namespaces/{namespace}/pods", labelSelector="job-name=second")["items"] == []
+    with pytest.raises(AssertionError, match="404"):
+        control_plane.read(f"/api/v1/namespaces/{namespace}/pods/none")
 
 
 def test_pods_outside_the_restricted_standard_are_refused(control_plane: ControlPlane, namespace: str) -> None:

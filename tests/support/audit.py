@@ -32,10 +32,14 @@ def read_audit_log(path: Path, namespace: str | None = None) -> Iterator[AuditEv
     """
     if not path.exists():
         return
+    # Most lines are of other namespaces; a look at the text spares their decoding. What it lets pass is looked at again.
+    named = "" if namespace is None else json.dumps(namespace)
     with path.open() as lines:
         for line in lines:
             if not line.endswith("\n"):
                 return
+            if named not in line:
+                continue
             event = json.loads(line)
             reference = event.get("objectRef")
             if event.get("stage") not in ("ResponseComplete", "Panic") or reference is None:

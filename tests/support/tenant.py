@@ -112,7 +112,9 @@ class Run:
 
     @property
     def body(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.tenant.cluster.get("alp", self.name, "-n", self.tenant.namespace)
+        found: dict[str, Any] = self.tenant.cluster.read(
+            f"/apis/plumbline.dev/v1alpha1/namespaces/{self.tenant.namespace}/alignmentpipelines/{self.name}"
+        )
         return found
 
     @property
@@ -171,17 +173,16 @@ class Run:
 
     def jobs(self, role: str = "stage") -> list[dict[str, Any]]:
         """Its Jobs of a role that are there."""
-        labels = f"plumbline.dev/pipeline={self.name},plumbline.dev/role={role}"
-        found: list[dict[str, Any]] = self.tenant.cluster.get("jobs", "-n", self.tenant.namespace, "-l", labels)[
-            "items"
-        ]
-        return found
+        return self._owned("/apis/batch/v1", "jobs", f"plumbline.dev/role={role}")
 
     def pods(self, stage: str) -> list[dict[str, Any]]:
-        labels = f"plumbline.dev/pipeline={self.name},plumbline.dev/stage={stage}"
-        found: list[dict[str, Any]] = self.tenant.cluster.get("pods", "-n", self.tenant.namespace, "-l", labels)[
-            "items"
-        ]
+        return self._owned("/api/v1", "pods", f"plumbline.dev/stage={stage}")
+
+    def _owned(self, group: str, kind: str, label: str) -> list[dict[str, Any]]:
+        path = f"{group}/namespaces/{self.tenant.namespace}/{kind}"
+        found: list[dict[str, Any]] = self.tenant.cluster.read(
+            path, labelSelector=f"plumbline.dev/pipeline={self.name},{label}"
+        )["items"]
         return found
 
     def jobs_created(self) -> list[tuple[str, str]]:
