@@ -91,6 +91,17 @@ def test_every_reward_that_cannot_work_is_told_at_once(tmp_path: Path, model: Pa
     assert any(f"{here}[2].schema: is not a JSON schema" in line for line in lines)
 
 
+def test_a_classifier_without_its_head_is_refused(tmp_path: Path, model: Path) -> None:
+    """A language model whose configuration says that it is a classifier."""
+    scorer = classifier(tmp_path / "rm", 1)
+    config = transformers.AutoConfig.from_pretrained(str(scorer))
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(str(scorer))
+    result, code = preflight(online(tmp_path, model, {"model": f"file://{scorer}"}))
+    assert code == 2
+    assert "spec.stages[0].grpo.rewards[0].model: " in result.message
+    assert "1 weights that its config.json asks for are not there (score.weight)" in result.message
+
+
 @pytest.mark.parametrize(("reward", "field"), [({"metric": "bleu"}, "metric"), ({"rule": "numericMatch"}, "rule")])
 def test_rows_that_turn_out_to_have_no_answers_are_refused(
     tmp_path: Path, model: Path, reward: dict[str, Any], field: str

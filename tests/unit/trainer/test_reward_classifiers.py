@@ -154,7 +154,7 @@ def test_long_answers_are_cut_and_said_and_long_prompts_refused(tmp_path: Path, 
 
 def test_what_is_no_classifier_with_one_label_is_refused(tmp_path: Path) -> None:
     three = save_classifier(tmp_path / "three", labels=3)
-    for check in (check_classifier, lambda path: load_classifier(path, "float32")):
+    for check in (lambda path: check_classifier(path, {}, "rm"), lambda path: load_classifier(path, "float32")):
         with pytest.raises(InputError, match=r"three/config.json: the classifier has 3 labels; a reward is one number"):
             check(three)
     headless = save_classifier(tmp_path / "headless")

@@ -201,17 +201,20 @@ def load_classifier(path: Path, dtype: str, device: torch.device | str = "cpu") 
     return model.to(device), tokenizer
 
 
-def check_classifier(path: Path) -> None:
-    """See that a folder with the settings of a model is that of a sequence classifier with one label.
+def check_classifier(path: Path, header: Mapping[str, Any], name: str) -> None:
+    """See that a folder is that of a sequence classifier with one label; arguments as of `check_weights`.
 
     Raises:
         InputError: if it is not, or its tokenizer does not load.
     """
+    from transformers import AutoModelForSequenceClassification
+
     if is_gguf(path):
         raise InputError(f"{path.name} is a GGUF file, which holds no classifier. Name a folder with safetensors")
     with _quiet(), _view(path, weights=False) as view:
-        _classifier_config(view, path.name)
+        config = _classifier_config(view, path.name)
         _load_tokenizer(path, view, folders.declared_ends(path))
+    _check_fit(AutoModelForSequenceClassification, config, header, name)
 
 
 def _classifier_config(view: Path, name: str) -> Any:
@@ -256,8 +259,6 @@ def _load_weights(auto: Any, view: Path, config: Any, dtype: str, name: str) -> 
 def check_weights(path: Path, header: Mapping[str, Any], name: str) -> None:
     """See that weights are those that a model's configuration asks for, by names and shapes alone.
 
-    The loader itself judges, on tensors without content, so that it renames and joins them as it will later.
-
     Args:
         path: folder with the settings of the model.
         header: of all its safetensors files, name → {dtype, shape}.
@@ -266,6 +267,13 @@ def check_weights(path: Path, header: Mapping[str, Any], name: str) -> None:
     Raises:
         InputError: for weights that are missing, of another shape, or no floating-point numbers.
     """
+    from transformers import AutoModelForCausalLM
+
+    _check_fit(AutoModelForCausalLM, load_config(path), header, name)
+
+
+def _check_fit(auto: Any, config: Any, header: Mapping[str, Any], name: str) -> None:
+    """The loader itself judges, on tensors without content, so that it renames and joins them as it will later."""
     import torch
 
     for weight, entry in header.items():
@@ -274,12 +282,13 @@ def check_weights(path: Path, header: Mapping[str, Any], name: str) -> None:
                 f"{name}: {weight} is stored as {entry['dtype']}; weights are read as float64, float32, float16 or "
                 "bfloat16. Name the unquantised model"
             )
-    model = type(load_skeleton(path))
     empty = {weight: torch.empty(entry["shape"], device="meta") for weight, entry in header.items()}
     with _quiet():
+        with torch.device("meta"):
+            model = type(auto.from_config(config))
         _, info = model.from_pretrained(
             None,
-            config=load_config(path),
+            config=config,
             state_dict=empty,
             device_map={"": "meta"},
             dtype=torch.float32,

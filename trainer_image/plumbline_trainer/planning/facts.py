@@ -116,7 +116,7 @@ def _read(context: StageContext, item: ExternalInput, digest: str) -> ModelFacts
     if path.is_file():
         parameters, dtype = _gguf_parameters(path), "float32"
     else:
-        header = _header(context, item, path)
+        header = weights_header(context, item, path)
         _check_embedding(item, header, int(text.vocab_size), int(width))
         check_weights(path, header, item.uri)
         types = {entry["dtype"] for entry in header.values()} & set(BITS)
@@ -145,7 +145,7 @@ def _check_embedding(item: ExternalInput, header: Mapping[str, Any], vocabulary:
             )
 
 
-def _header(context: StageContext, item: ExternalInput, path: Path) -> dict[str, Any]:
+def weights_header(context: StageContext, item: ExternalInput, path: Path) -> dict[str, Any]:
     """Names, types and shapes of a model's weights from the heads of its files; of those in a bucket, ranges are read.
 
     Raises:

@@ -10,7 +10,7 @@ from plumbline_api.record import RunRecord, StageRecord
 from plumbline_api.rewarding import reference_fault
 
 from plumbline_trainer.errors import InputError
-from plumbline_trainer.planning.facts import small_files
+from plumbline_trainer.planning.facts import small_files, weights_header
 from plumbline_trainer.planning.pins import Pin
 from plumbline_trainer.planning.problems import Problems
 from plumbline_trainer.rewards.rules import make_rule
@@ -26,7 +26,7 @@ def rewards_of(stage: StageRecord, index: int) -> Iterator[tuple[str, int, Rewar
 
 
 def check_rewards(context: StageContext, record: RunRecord, pins: Sequence[Pin | None], problems: Problems) -> None:
-    """Read the settings of classifiers, and every JSON schema. Functions were found when they were pinned."""
+    """Read of classifiers all but the weights, and every JSON schema. Functions were found when they were pinned."""
     for index, stage in enumerate(record.stages):
         read = {ref.role: ref.external for ref in stage.inputs if ref.external is not None}
         for path, number, reward in rewards_of(stage, index):
@@ -42,8 +42,12 @@ def check_rewards(context: StageContext, record: RunRecord, pins: Sequence[Pin |
 def _check_classifier(context: StageContext, record: RunRecord, external: int, one: Pin, path: str) -> None:
     from plumbline_trainer.models.loading import check_classifier
 
+    item = record.external_inputs[external]
     try:
-        check_classifier(small_files(context, record.external_inputs[external], one.digest))
+        folder = small_files(context, item, one.digest)
+        # A single file holds no classifier, which is said without a look at it.
+        header = weights_header(context, item, folder) if folder.is_dir() else {}
+        check_classifier(folder, header, item.uri)
     except InputError as error:
         raise InputError(f"{path}.model: {error}", reason=error.reason) from error
 

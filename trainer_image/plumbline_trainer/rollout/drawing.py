@@ -42,8 +42,8 @@ def draw(logits: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
     rows, vocabulary = logits.shape
     at_once = max(1, _CPU_NUMBERS // vocabulary)
     if logits.device.type == "cpu" and rows > at_once:
-        parts = zip(logits.split(at_once), uniforms.split(at_once), strict=True)
-        return torch.cat([draw(part, temperature, wanted) for part, wanted in parts])
+        parts = [slice(first, first + at_once) for first in range(0, rows, at_once)]
+        return torch.cat([draw(logits[part], temperature, uniforms[part]) for part in parts])
     scaled = logits.double()
     scaled = (scaled - scaled.amax(dim=-1, keepdim=True)).div_(temperature).exp_()
     blocks = -(-vocabulary // _BLOCK)
