@@ -1,7 +1,7 @@
 """Builds the programs of the test cluster from Go modules, once per machine.
 
 Outputs and Go's own caches lie under the cache folder, keyed by a hash of the sources, the module sums and the Go version. On 2 cores
-the first build of everything takes about 15 minutes (Kubernetes 8, the rest under 2 each), a later call milliseconds.
+the first build of everything takes about 10 minutes (Kubernetes 8, the S3 server 1), a later call milliseconds.
 """
 
 import os

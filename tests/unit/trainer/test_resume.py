@@ -269,7 +269,8 @@ def test_through_the_launcher(tmp_path: Path, processes: int, type_: str) -> Non
         "evaluation": 0.1,
         "rows": 120,
         "globalBatch": 8,
-        "epochs": 5,
+        # Steps of two ranks take longer: fewer leave as much time to interrupt them.
+        "epochs": 5 if processes == 1 else 3,
         "learningRate": 1e-3,
         "checkpointEverySteps": 3,
         "processes": processes,
@@ -279,7 +280,7 @@ def test_through_the_launcher(tmp_path: Path, processes: int, type_: str) -> Non
     whole_run = training_run(tmp_path / "whole", type_, **settings)
     total = run_ranks(tmp_path / "whole", whole_run).last_step
     assert total is not None
-    assert total >= 50
+    assert total >= 40
 
     rng = random.Random()
     killed_after, stopped_after = rng.randint(3, 12), rng.randint(15, 24)
