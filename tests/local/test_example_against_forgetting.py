@@ -1,32 +1,19 @@
 """examples/08-against-forgetting by the command and the real trainer on this machine."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny import save_model
-
-ROOT = Path(__file__).resolve().parents[2]
+from support.examples import copy_example, run_example
 
 # Well under a minute on a machine of its own; a busy one needs patience.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def test_the_careful_stage_still_knows_the_questions(tmp_path: Path) -> None:
-    folder = tmp_path / "example"
-    shutil.copytree(ROOT / "examples" / "08-against-forgetting", folder, ignore=shutil.ignore_patterns("model", "runs"))
-    save_model(folder / "model")
-    command = [sys.executable, "-m", "plumbline_cli.main", "run", "pipeline.yaml"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
-    ended = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1500, check=False
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    folder = copy_example("08-against-forgetting", tmp_path / "example")
+    run_example(folder)
 
     jobs = jobs_of(folder)
     assert list(jobs) == ["preflight", "manners", "probe", "careless", "careful", "exam", "finalize"]

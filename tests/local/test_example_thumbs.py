@@ -1,39 +1,22 @@
 """examples/05-thumbs by the command and the real trainer on this machine, twice."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support.tiny import save_model
-
-ROOT = Path(__file__).resolve().parents[2]
+from support.examples import copy_example, run_example
 
 # Seconds on a machine of its own; a busy one needs patience.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_thumbs_are_learnt_and_a_second_run_with_another_weight_needs_no_reference_pass(tmp_path: Path) -> None:
-    folder = tmp_path / "example"
-    shutil.copytree(ROOT / "examples" / "05-thumbs", folder, ignore=shutil.ignore_patterns("model", "runs"))
-    save_model(folder / "model")
-
-    def run(name: str) -> str:
-        command = [sys.executable, "-m", "plumbline_cli.main", "run", name]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
-        ended = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
-        )
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-        return ended.stdout
+    folder = copy_example("05-thumbs", tmp_path / "example")
 
     def manifests() -> list[Path]:
         return sorted(folder.glob("runs/default/kto/*/manifest.json"))
 
-    output = run("pipeline.yaml")
+    output = run_example(folder)
     assert "thumbs: unpaired, 42 rows" in output
     [path] = manifests()
     metrics = json.loads(path.read_text())["metrics"]
@@ -45,7 +28,7 @@ def test_thumbs_are_learnt_and_a_second_run_with_another_weight_needs_no_referen
 
     changed = (folder / "pipeline.yaml").read_text().replace("undesirableWeight: 1.2", "undesirableWeight: 1.1")
     (folder / "again.yaml").write_text(changed)
-    run("again.yaml")
+    run_example(folder, "again.yaml")
     assert len(manifests()) == 2
     assert sorted(folder.glob("runs/default/references/*/*/totals.safetensors")) == packs
     [log] = {

@@ -7,12 +7,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from support.tiny import save_model
+from support.examples import copy_example, plumbline
 
-ROOT = Path(__file__).resolve().parents[2]
 DECLARED = ["domain", "sft", "dpo", "final", "exam"]
 
 # Seconds on a machine of its own; a busy one needs patience.
@@ -21,16 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny") / "example"
-    shutil.copytree(ROOT / "examples" / "03-tiny", folder, ignore=shutil.ignore_patterns("model"))
-    save_model(folder / "model")
-    return folder
-
-
-def plumbline(*arguments: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "plumbline_cli.main", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=1500, check=False)
+    return copy_example("03-tiny", tmp_path_factory.mktemp("tiny") / "example")
 
 
 def trainers_started(folder: Path, pipeline: str = "tiny") -> list[str]:
@@ -72,9 +61,7 @@ def test_the_tiny_chain_runs_whole_then_from_storage_then_what_was_damaged(examp
 
 def test_branches_are_merged_and_trained_on(tmp_path):
     """examples/07-merging: several policies for one stage, in the planner, on the way to the trainer and in the record."""
-    example = tmp_path / "example"
-    shutil.copytree(ROOT / "examples" / "07-merging", example, ignore=shutil.ignore_patterns("model", "runs"))
-    save_model(example / "model")
+    example = copy_example("07-merging", tmp_path / "example")
     declared = ["domain", "short", "kind", "blend", "arc", "polish", "exam"]
     first = plumbline("run", "pipeline.yaml", cwd=example)
     assert first.returncode == 0, first.stdout + first.stderr

@@ -1,36 +1,18 @@
 """examples/06-reward-model by the command, the planner and the real trainer on this machine: no cluster, no mock."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support.tiny import save_model
-
-ROOT = Path(__file__).resolve().parents[2]
+from support.examples import copy_example, run_example
 
 # Seconds on a machine of its own; a busy one needs patience.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def test_reward_models_are_trained_measured_and_judge(tmp_path: Path) -> None:
-    folder = tmp_path / "example"
-    shutil.copytree(ROOT / "examples" / "06-reward-model", folder, ignore=shutil.ignore_patterns("model", "runs"))
-    save_model(folder / "model")
-    ended = subprocess.run(
-        [sys.executable, "-m", "plumbline_cli.main", "run", "pipeline.yaml"],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"},
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "accuracy" in ended.stdout
+    folder = copy_example("06-reward-model", tmp_path / "example")
+    assert "accuracy" in run_example(folder)
     [state] = folder.glob("runs/default/pipelines/reward-model/*/state.json")
     results = {job["stage"]: job["result"] for job in json.loads(state.read_text())["jobs"]}
     assert set(results) == {"preflight", "sft", "reward", "ensemble", "exam", "finalize"}
