@@ -44,7 +44,7 @@ class ObjectStore:
 
 @cache
 def _client(store: ObjectStore) -> Any:
-    """Made once: it takes as long as a hundred requests."""
+    """Made once: boto3 reads the whole description of S3 for every client."""
     import boto3
     from botocore.config import Config
 

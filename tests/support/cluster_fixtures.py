@@ -60,7 +60,7 @@ class ControlPlane:
         return json.loads(self.kubectl("get", *arguments, "-o", "json"))
 
     def read(self, path: str, **query: str) -> Any:
-        """GET of a path of the API, decoded: for what is polled, as kubectl takes a fifth of a second of a core each time."""
+        """GET of a path of the API, decoded: for what is polled, as every kubectl is a process of its own."""
         client = self._client
         response = client.call_api(
             *client.param_serialize(
