@@ -15,7 +15,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 ModuleName = Annotated[str, Field(min_length=1, max_length=128)]
 TOKENS_ON_ACCELERATOR = 4096
 """Of a micro-batch, so that small models keep an accelerator busy."""
-TOKENS_ON_CPU = 1024
+TOKENS_ON_CPU = 512
 """Of a micro-batch: larger ones take more memory and are no faster (`make bench-trainer`)."""
 
 

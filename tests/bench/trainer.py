@@ -32,7 +32,6 @@ from bench.trainer_rows import METHODS, ONLINE_METHODS, PROFILES  # noqa: E402
 from bench.trainer_side import in_order  # noqa: E402
 from bench.trainer_table import Case  # noqa: E402
 from plumbline_api.training import TOKENS_ON_CPU  # noqa: E402
-from plumbline_trainer.launcher import MALLOC_THRESHOLD  # noqa: E402
 
 PPO_PEER = ROOT / ".venv-ppo" / "bin" / "python"
 SIDES = ("ours", "trl", "trl-default")
@@ -150,9 +149,6 @@ def run_side(task: Task) -> Measured:
         "OMP_NUM_THREADS": str(task.threads),
         "HF_HUB_OFFLINE": "1",
         "TQDM_DISABLE": "1",
-        # As our launcher sets them; the peer gets them too.
-        "MALLOC_MMAP_THRESHOLD_": str(MALLOC_THRESHOLD),
-        "MALLOC_TRIM_THRESHOLD_": str(MALLOC_THRESHOLD),
     }
     with tempfile.TemporaryDirectory() as place:
         command = _command(task, Path(place))

@@ -15,6 +15,7 @@ from plumbline_trainer.engine.packing import packed_length
 from plumbline_trainer.engine.references import by_prompt
 from plumbline_trainer.engine.schedule import cut_step
 from plumbline_trainer.engine.unpaired import mismatched_rows
+from torch import nn
 
 PROFILES: dict[str, list[list[int]]] = json.loads((Path(__file__).parent / "profiles.json").read_text())
 """Name → tokens of prompt, chosen and rejected answer of each row. Drawn once from log-normal distributions, then
@@ -79,7 +80,11 @@ def shape_of(model: Any, adapter: int) -> Shape:
     """The shape of a causal language model."""
     config = model.config.get_text_config()
     head = model.get_output_embeddings()  # a reward model has none
-    linear = sum(module.weight.numel() for module in model.model.layers.modules() if hasattr(module, "in_features"))
+    linear = sum(
+        module.weight.numel()
+        for name, module in model.model.layers.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name  # an adapter's wrapper is none itself
+    )
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     scores = 0 if head is None else head.weight.numel()
     return Shape(config.num_hidden_layers, linear, scores, config.num_attention_heads * size, adapter)

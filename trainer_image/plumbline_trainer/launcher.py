@@ -51,8 +51,6 @@ MASTER_PORT = 29500
 SCRATCH_ENV = "PLUMBLINE_SCRATCH"
 """Private folder that the launcher shares with its ranks."""
 DEFAULT_TERMINATION_LOG = Path("/dev/termination-log")
-MALLOC_THRESHOLD = 2**20
-"""Bytes from which an allocation of the trainer is mapped on its own."""
 PEER_SECONDS = 5.0
 """Time that ranks get to end by themselves once another one has failed: they wait for a peer that is gone."""
 
@@ -213,10 +211,6 @@ def _start(
             # Threads that wait for each other sleep: where a processor is shared or capped, spinning takes the time
             # that the slower thread needs (on two busy cores three times the processor time, and twice the wall time).
             "OMP_WAIT_POLICY": environment.get("OMP_WAIT_POLICY") or "PASSIVE",
-            # Large tensors go back to the system when freed. Left to itself glibc keeps them on its heap, whose
-            # holes add to the resident memory.
-            "MALLOC_MMAP_THRESHOLD_": environment.get("MALLOC_MMAP_THRESHOLD_", MALLOC_THRESHOLD),
-            "MALLOC_TRIM_THRESHOLD_": environment.get("MALLOC_TRIM_THRESHOLD_", MALLOC_THRESHOLD),
             "TOKENIZERS_PARALLELISM": environment.get("TOKENIZERS_PARALLELISM", "true"),
             "CUBLAS_WORKSPACE_CONFIG": environment.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
             "PYTHONUNBUFFERED": 1,

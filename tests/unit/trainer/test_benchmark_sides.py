@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from bench import generation
-from bench.trainer_rows import METHODS
+from bench.trainer_rows import METHODS, shape_of
 from bench.trainer_side import Task, measure_ours, measure_trl
 from plumbline_trainer.models.loading import load_base
 from plumbline_trainer.rollout.interface import Prompt
@@ -33,6 +33,13 @@ def test_both_sides_measure_the_same_rows(tmp_path: Path, method: str) -> None:
     assert ours.rows_per_second > 0
     assert trl.rows_per_second > 0
     assert len(ours.losses) == len(trl.losses)
+
+
+def test_an_adapter_adds_its_own_weights_only_to_the_arithmetic(tmp_path: Path) -> None:
+    model, _ = load_base(save_model(tmp_path / "model"), "float32")
+    before = shape_of(model, 7)
+    adapted.attach_and_move(model, adapted.lora_of("plain"), 1)
+    assert shape_of(model, 7) == before
 
 
 def test_rollouts_and_generate_answer_the_same_prompts(tmp_path: Path) -> None:

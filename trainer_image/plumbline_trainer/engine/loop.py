@@ -15,6 +15,7 @@ from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.accumulation import Measured, accumulate
 from plumbline_trainer.engine.ahead import FirstBatches
 from plumbline_trainer.engine.distributed import Ranks
+from plumbline_trainer.engine.heap import release_freed
 from plumbline_trainer.engine.layers import layer_depths
 from plumbline_trainer.engine.objective import LooksAhead, Objective, row_tokens, token_weights
 from plumbline_trainer.engine.optimizer import Optimizer
@@ -152,6 +153,7 @@ class TrainingRun:
                 f"training.{needs}: no held-out row to compare on. Set split.evaluation of the stage's dataset (such "
                 "as 0.1), or leave the field out"
             )
+        release_freed()  # by reference passes
         while not self.state.ended:
             step = self.state.step
             if held_out and self._evaluation_due(step):

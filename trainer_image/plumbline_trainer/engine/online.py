@@ -18,6 +18,7 @@ from plumbline_trainer.context import StageContext
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.experience import Experience
+from plumbline_trainer.engine.heap import release_freed
 from plumbline_trainer.engine.loop import RECENT
 from plumbline_trainer.engine.online_paths import CRITIC, POLICY, choose_paths, take_paths
 from plumbline_trainer.engine.online_state import Kept, OnlineState, Trained, read_online, write_online
@@ -206,6 +207,7 @@ class OnlineRun:
                 at_step=self._at_sampling,
             )
         self.leave_if_stopped()
+        release_freed()  # by sampling
         found = Experience(prompts, samples, self.training.token_budget)
         with self._stopwatch.timing("scoring"):
             self._tell("scoring answers")

@@ -1,21 +1,28 @@
-"""Before anything is trained: does the fast path give what the plain one gives?"""
+"""Before anything is trained: does the fast path give what the plain one gives?
+
+The fast path takes the compared rows in one batch, so that a leak from row to row shows. The plain one takes them answer
+by answer, each with a backward pass of its own: a whole step needs more memory than that on no path.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.distributed import Ranks
+from plumbline_trainer.engine.heap import release_freed
 from plumbline_trainer.engine.packing import PackedBatch, pack, packed_length
 from plumbline_trainer.engine.scorer import Path, Scorer, recurrent_layers
 from plumbline_trainer.engine.sharding import is_sharded, own_part, start_over
 
 CHECK_TOKENS = 192
 """Tokens of the compared micro-batch: small beside one step."""
+CHECK_ANSWERS = 2
+"""Answers of a compared row: two share its prompt, more would show nothing else."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +79,13 @@ def choose_path(
     if not rows:
         return PathChoice("fast", "nothing to compare")
     window = getattr(model.config.get_text_config(), "sliding_window", None)
-    batch = pack(_sample(rows, min(tokens, CHECK_TOKENS), window), model.device)
+    sample = _sample([_cut(row) for row in rows], min(tokens, CHECK_TOKENS), window)
     before = scorer.path
     try:
-        choice = _compare(scorer, batch, trainables, ranks)
+        choice = _compare(scorer, sample, trainables, ranks)
     finally:
         scorer.path = before
+        release_freed()
     if ranks.any(choice.path == "plain") and choice.path == "fast":
         return PathChoice("plain", "another rank found the fast path to differ", choice.loss_gap, choice.gradient_gap)
     return choice
@@ -99,16 +107,22 @@ def _sample(rows: Sequence[Encoded], budget: int, window: int | None) -> list[En
     return taken
 
 
+def _cut(row: Encoded) -> Encoded:
+    return replace(row, responses=row.responses[:CHECK_ANSWERS]) if len(row.responses) > CHECK_ANSWERS else row
+
+
 def _is_scored(row: Encoded) -> bool:
     return row.score_context or any(response.reads or any(response.mask) for response in row.responses)
 
 
-def _compare(scorer: Scorer, batch: PackedBatch, trainables: Mapping[str, nn.Parameter], ranks: Ranks) -> PathChoice:
+def _compare(scorer: Scorer, rows: Sequence[Encoded], trainables: Mapping[str, nn.Parameter], ranks: Ranks) -> PathChoice:
+    device = scorer.model.device
+    whole = pack(rows, device)
     scorer.path = "plain"
-    plain, plain_gradient = _measure(scorer, batch, trainables)
+    plain, plain_gradient = _measure(scorer, (pack([alone], device) for alone in _answers(rows)), trainables)
     scorer.path = "fast"
     try:
-        fast, fast_gradient = _measure(scorer, batch, trainables)
+        fast, fast_gradient = _measure(scorer, [whole], trainables)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a model may fail in any way on what it was not made for; the reason is passed on
@@ -127,26 +141,62 @@ def _compare(scorer: Scorer, batch: PackedBatch, trainables: Mapping[str, nn.Par
     return PathChoice("plain", f"the fast path differs from the plain one: {figures}", loss_gap, gradient_gap)
 
 
+def _answers(rows: Sequence[Encoded]) -> Iterator[Encoded]:
+    """Each answer in a row of its own; a row's context belongs to its first answer."""
+    for row in rows:
+        for index, response in enumerate(row.responses):
+            alone = replace(row, responses=[response], score_context=row.score_context and index == 0)
+            if _is_scored(alone):
+                yield alone
+
+
 def _measure(
-    scorer: Scorer, batch: PackedBatch, trainables: Mapping[str, nn.Parameter]
+    scorer: Scorer, batches: Iterable[PackedBatch], trainables: Mapping[str, nn.Parameter]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """What is scored and the gradient of a sum with a fixed random factor for each, so that no error cancels."""
+    """What is scored, answer by answer, and the gradient of a sum with a fixed random factor for each, so that no error
+    cancels."""
     parameters = list(trainables.values())
-    if not parameters:
-        with torch.no_grad():
-            return scorer(batch), []
-    scores = scorer(batch)
-    if not len(scores):
-        return scores.detach(), []
-    factors = torch.randn(scores.shape, generator=torch.Generator().manual_seed(0)).to(scores.device)
-    loss = (factors * scores).sum()
-    if not any(is_sharded(parameter) for parameter in parameters):
-        return scores.detach(), list(torch.autograd.grad(loss, parameters, allow_unused=True))
-    loss.backward()
-    found = [None if parameter.grad is None else own_part(parameter.grad) for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    return scores.detach(), found
+    sharded = any(is_sharded(parameter) for parameter in parameters)
+    generator = torch.Generator().manual_seed(0)
+    found: list[Tensor] = []
+    gradients: list[Tensor | None] = [None] * len(parameters)
+    for batch in batches:
+        with torch.set_grad_enabled(bool(parameters)):
+            parts = _by_answer(scorer(batch), batch)
+        found += [part.detach() for part in parts]
+        # One draw for each answer: how many numbers are drawn at once changes them.
+        factors = [torch.randn(part.shape, generator=generator).to(part.device) for part in parts]
+        if not parameters or not any(part.numel() for part in parts):
+            continue
+        loss = torch.stack([(factor * part).sum() for factor, part in zip(factors, parts, strict=True)]).sum()
+        if sharded:
+            loss.backward()
+        else:
+            more = torch.autograd.grad(loss, parameters, allow_unused=True)
+            gradients = [_sum(before, own) for before, own in zip(gradients, more, strict=True)]
+    if sharded:
+        gradients = [None if parameter.grad is None else own_part(parameter.grad) for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+    return torch.cat(found) if found else torch.zeros(0), gradients
+
+
+def _by_answer(scores: Tensor, batch: PackedBatch) -> list[Tensor]:
+    """What a scorer says of a batch, [N] or of scalar heads [R, heads], for each answer that has some; with a row's first
+    one stands what was scored around it."""
+    if scores.dim() == 2:
+        ranges = [[answer.read] for answer in batch.answers]
+    else:
+        contexts = {context.row: context.scored for context in batch.contexts}
+        ranges = [[answer.scored, contexts.pop(answer.row, range(0))] for answer in batch.answers]
+    parts = [torch.cat([scores[own.start : own.stop] for own in of_answer]) for of_answer in ranges]
+    return [part for part in parts if len(part)]
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return one if other is None else other
+    return one + other
 
 
 def _relative_gap(
