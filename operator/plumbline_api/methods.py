@@ -271,7 +271,7 @@ class Kto(PolicyStage):
     """Stage whose policy is the reference. Absent: the policy at the start of this stage."""
 
 
-class Awr(TrainingStage):
+class Awr(PolicyStage):
     """Advantage-weighted regression (Peng et al. 2019): answers by how far they score above the baseline V."""
 
     beta: Annotated[float, Field(gt=0, le=1e6)] = 1.0

@@ -14,6 +14,7 @@ from plumbline_trainer.rollout.cache import unfit
 from plumbline_trainer.rollout.decoding import Decoder, Sampling
 from plumbline_trainer.rollout.interface import Prompt, Sampled
 from plumbline_trainer.rollout.merged import merged_adapters
+from plumbline_trainer.rollout.narrow import narrow_linears
 from plumbline_trainer.rollout.sharing import share_answers
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class HuggingFaceRollout:
 
     @contextmanager
     def _arranged(self) -> Iterator[None]:
-        """Evaluation mode, transformers' own attention, adapters merged; all put back."""
+        """Evaluation mode, transformers' own attention, adapters merged, narrow products turned; all put back."""
         model = self.model
         training = [module for module in model.modules() if module.training]
         model.eval()
@@ -100,6 +101,7 @@ class HuggingFaceRollout:
             with (
                 attention_of(model, plain_implementation(model)),
                 merged_adapters(model) as self.adapter_path,
+                narrow_linears(model),
                 autocast or nullcontext(),
             ):
                 yield

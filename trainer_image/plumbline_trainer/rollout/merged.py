@@ -15,8 +15,9 @@ from types import NoneType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from plumbline_trainer.rollout.narrow import narrow_linear
 
 Forward = Callable[..., Tensor]
 
@@ -76,7 +77,7 @@ def _merged(layer: Any) -> Forward:
     bias = base.bias
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return F.linear(x, merged, bias)
+        return narrow_linear(x, merged, bias)
 
     return forward
 

@@ -1,0 +1,58 @@
+"""Linear layers over a few tokens, as every step of decoding has them.
+
+On a CPU x·Wᵀ is cut among threads and registers by the rows of x, of which there are as many as answers run. W·xᵀ is cut
+by the rows of W: for 2 to 8 answers it takes half the time or less, and about as long from 64 on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TOKENS_MAX = 64
+ROWS_MIN = 512
+"""Rows of a weight from which turning the product pays for turning its result back."""
+
+
+def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x·Wᵀ + b, the product turned where that is faster; up to rounding it is the same.
+
+    Args:
+        x: […, in].
+        weight: [out, in].
+        bias: [out].
+    """
+    tokens = x.numel() // x.shape[-1]
+    if not 2 <= tokens <= TOKENS_MAX or len(weight) < ROWS_MIN or x.device.type != "cpu" or _rounds(x, weight):
+        return F.linear(x, weight, bias)
+    turned = (weight @ x.reshape(tokens, -1).t()).t().contiguous()
+    if bias is not None:
+        turned += bias
+    return turned.view(*x.shape[:-1], len(weight))
+
+
+def _rounds(x: Tensor, weight: Tensor) -> bool:
+    """Whether something else than float32 is computed; that has kernels of its own."""
+    return x.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+
+
+@contextmanager
+def narrow_linears(model: nn.Module) -> Iterator[None]:
+    """Compute plain linear layers so for a while; what has a forward of its own already keeps it."""
+    layers = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in module.__dict__]
+    for layer in layers:
+        layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    return narrow_linear(x, layer.weight, layer.bias)
