@@ -35,14 +35,14 @@ def replaced(index: int, stage: dict[str, Any]) -> list[dict[str, Any]]:
     return [stage if i == index else s for i, s in enumerate(STAGES)]
 
 
-# Golden: these change only when a numerics version is raised or the fingerprint's definition changes, and then every
-# stage in every user's storage is computed anew. Never edit them for convenience.
+# Golden: these change only when a numerics version is raised, a default is changed or the fingerprint's definition, and
+# then every stage in every user's storage is computed anew. Never edit them for convenience.
 GOLDEN = {
-    "domain": "6875a7ebe50e17d2ea1c0f4fad45ca29dbf461d461fc787bc33f82ed8d4a10a9",
-    "sft": "d05222d3b5a47480184f3725572c1b814819c83602b3c6e886a1d22b2ef13915",
-    "dpo": "92083ad3728faeea5a164b73931e4cb434b7bc41648c56b95f96b2832b072e05",
-    "final": "45b3618e30a5387622610f59aad671616068956369dd12b3fdbedd373de635bf",
-    "exam": "c2626d3f8a65627a33f8f26abfebc8ed702c25a6cdb28a944bc0559732ee310f",
+    "domain": "a6287c3de851e2e438fc477a2c51a17f237bc372a1607cb9ec4c4b0849bf9850",
+    "sft": "416f1c085bda77bd62f3cbb2a9b34466fddbad903ff1e9a5aee90e90f7319464",
+    "dpo": "19e38a7f7f9d11322d2aaa4dd9a59fb10509e890030e37bc8e7e47b130b9126c",
+    "final": "1d30a5084c1fb5c471019319fb6c845b15cdb3d8acea7ce4227debdbe92a6401",
+    "exam": "ac0c85ce41d455c98185a8856901d65cceab10ef87d136a607dc64fa1edf92c7",
 }
 
 

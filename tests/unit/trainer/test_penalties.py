@@ -248,7 +248,7 @@ def test_neither_ranks_nor_accumulation_change_penalties(tmp_path: Path, lora: A
         assert gap(weights, found[name][1]) < 1e-4
 
 
-@pytest.mark.parametrize("type_", ["dpo", "kto", "orpo"])
+@pytest.mark.parametrize("type_", ["dpo", "kto", "orpo", "awr"])
 def test_preference_stages_hold_weights_that_matter_elsewhere(tmp_path: Path, type_: str) -> None:
     figures = []
     for coefficient in (1e-6, 1e4):
