@@ -36,9 +36,14 @@ def test_layers_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(narrow, "narrow_linear", lambda x, *_: seen.append(len(x)) or x)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].forward = kept = lambda x: x  # type: ignore[assignment]  # such as an adapter's
-    with pytest.raises(ZeroDivisionError), narrow_linears(model):
-        model(drawn(3, 4))
-        raise ZeroDivisionError
+
+    def fails_within() -> None:
+        with narrow_linears(model):
+            model(drawn(3, 4))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails_within()
     assert seen == [3]
     assert "forward" not in model[0].__dict__
     assert model[1].forward is kept

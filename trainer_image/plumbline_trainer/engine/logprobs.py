@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 CHUNK_BYTES = 30 * 2**20
-"""Size of one chunk of float32 logits: large enough for full speed of the matrix products, small beside the model, and below
-the 32 MiB from which glibc maps every allocation anew, which costs a page fault for every 4 KiB."""
+"""Size of one chunk of float32 logits: large enough for full speed of the matrix products, small beside the model, and
+below the 32 MiB from which glibc maps every allocation anew, with a page fault for every 4 KiB."""
 
 
 @dataclass(frozen=True)

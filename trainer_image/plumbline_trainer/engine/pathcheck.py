@@ -1,7 +1,7 @@
 """Before anything is trained: does the fast path give what the plain one gives?
 
-The fast path takes the compared rows in one batch, so that a leak from row to row shows. The plain one takes them answer
-by answer, each with a backward pass of its own: a whole step needs more memory than that on no path.
+The fast path takes the compared rows in one batch, so that a leak from row to row shows. The plain one takes them
+answer by answer, each with a backward pass of its own, so that only one answer's graph is in memory.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def _is_scored(row: Encoded) -> bool:
     return row.score_context or any(response.reads or any(response.mask) for response in row.responses)
 
 
-def _compare(scorer: Scorer, rows: Sequence[Encoded], trainables: Mapping[str, nn.Parameter], ranks: Ranks) -> PathChoice:
+def _compare(
+    scorer: Scorer, rows: Sequence[Encoded], trainables: Mapping[str, nn.Parameter], ranks: Ranks
+) -> PathChoice:
     device = scorer.model.device
     whole = pack(rows, device)
     scorer.path = "plain"
@@ -170,7 +172,7 @@ def _measure(
             continue
         loss = torch.stack([(factor * part).sum() for factor, part in zip(factors, parts, strict=True)]).sum()
         if sharded:
-            loss.backward()
+            torch.autograd.backward(loss)
         else:
             more = torch.autograd.grad(loss, parameters, allow_unused=True)
             gradients = [_sum(before, own) for before, own in zip(gradients, more, strict=True)]
@@ -182,8 +184,8 @@ def _measure(
 
 
 def _by_answer(scores: Tensor, batch: PackedBatch) -> list[Tensor]:
-    """What a scorer says of a batch, [N] or of scalar heads [R, heads], for each answer that has some; with a row's first
-    one stands what was scored around it."""
+    """What a scorer says of a batch, [N] or of scalar heads [R, heads], for each answer that has some; with a row's
+    first one stands what was scored around it."""
     if scores.dim() == 2:
         ranges = [[answer.read] for answer in batch.answers]
     else:
