@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -164,6 +165,30 @@ class TestChoosingThePath:
     @pytest.mark.parametrize("style", STYLES)
     def test_ordinary_models_go_fast(self, style: Style) -> None:
         assert self.choose(adapted_model(style)).path == "fast"
+
+    def test_the_plain_path_takes_answers_one_by_one_and_no_more_than_two_of_a_row(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Their graphs at once were the peak of whole stages."""
+        rows = [replace(row, responses=[*row.responses] * 3) for row in self.rows]
+        seen: list[tuple[str, int]] = []
+        real = Scorer.forward
+
+        def counted(scorer: Scorer, batch: Any, *others: Any) -> Any:
+            seen.append((scorer.path, len(batch.answers)))
+            return real(scorer, batch, *others)
+
+        monkeypatch.setattr(Scorer, "forward", counted)
+        monkeypatch.setattr(self, "rows", rows, raising=False)
+        assert self.choose(adapted_model("llama")).path == "fast"
+        compared = sum(path == "plain" for path, _ in seen)
+        assert seen == [("plain", 1)] * compared + [("fast", compared)]
+        assert compared == 2 * len(rows)
+
+    def test_what_is_scored_around_an_answer_is_compared_with_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        rows = [replace(row, score_context=True) for row in self.rows]
+        monkeypatch.setattr(self, "rows", rows, raising=False)
+        assert self.choose(adapted_model("llama")).path == "fast"
 
     def test_a_leak_between_rows_is_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from plumbline_trainer.engine import attention
