@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 PPO_EPOCHS = 4
 """Passes over a rollout, on both sides of ppo."""
@@ -38,6 +38,13 @@ class Task:
     """Sampled for every prompt (ppo, grpo)."""
     new_tokens: int = 0
     """Tokens of every sampled answer; none ends before."""
+    parts: bool = False
+    """Profile the last step, which slows it."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps, or iterations where answers are sampled."""
+        return self.rows // self.global_batch
 
     @property
     def stage(self) -> str:
@@ -65,13 +72,28 @@ class Measured:
     operations: float
     """Of the whole run, reference pass included."""
     losses: list[float]
+    parts: dict[str, float] = field(default_factory=dict)
+    """Seconds of the last step by kind of operation, where it was profiled."""
+
+
+class Profiler(Protocol):
+    """Takes a step apart."""
+
+    def begin(self) -> None:
+        """The step begins."""
+
+    def end(self) -> dict[str, float]:
+        """The step has ended: its parts."""
+        ...
 
 
 class Clock:
     """Ends of steps, and memory from the moment the model is loaded."""
 
-    def __init__(self, weights: Iterable[Any]) -> None:
+    def __init__(self, weights: Iterable[Any], task: Task, profiler: Profiler) -> None:
         """Start, with weights read: they are mapped from their file, and resident once they were touched."""
+        self._steps, self._profiler = task.steps, profiler if task.parts else None
+        self._parts: dict[str, float] = {}
         for tensor in weights:
             tensor.sum()
         gc.collect()
@@ -82,7 +104,11 @@ class Clock:
 
     def mark(self) -> None:
         """A step ends here, or the first one begins."""
+        if self._profiler is not None and len(self.marks) == self._steps:
+            self._parts = self._profiler.end()
         self.marks.append(time.perf_counter())
+        if self._profiler is not None and len(self.marks) == self._steps:
+            self._profiler.begin()
 
     def result(self, task: Task, tokens: int, operations: float, losses: list[float]) -> Measured:
         """What the run took; `tokens` are those of all its rows."""
@@ -91,7 +117,15 @@ class Clock:
         seconds = self.reference / task.rows + sum(steps[task.left_out :]) / counted
         peak = _status("VmHWM")
         return Measured(
-            1 / seconds, tokens / task.rows / seconds, self.reference, steps, peak, self.base, operations, losses
+            1 / seconds,
+            tokens / task.rows / seconds,
+            self.reference,
+            steps,
+            peak,
+            self.base,
+            operations,
+            losses,
+            self._parts,
         )
 
 

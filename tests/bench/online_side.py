@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from bench.measured import PPO_EPOCHS, TEMPERATURE, Clock, Measured, Task
+from bench.parts import StepParts
 from bench.trainer_side import LORA, SEED, in_order
 from plumbline_trainer.data.encode import EncodedRows
 from plumbline_trainer.data.rows import Message, Row
@@ -62,7 +63,7 @@ def measure_ours(task: Task) -> Measured:
         def load_start(*arguments: Any, **named: Any) -> Any:
             policy = originals["load_start"](*arguments, **named)
             held["vocabulary"] = policy.model.config.get_text_config().vocab_size
-            held["clock"] = Clock(policy.model.parameters())
+            held["clock"] = Clock(policy.model.parameters(), task, StepParts())
             # No token ends an answer: every one has its full length, as on the other side.
             return replace(policy, tokenizer=replace(policy.tokenizer, end_tokens=(-1,)))
 
@@ -129,7 +130,7 @@ def measure_grpo(task: Task) -> Measured:
     vocabulary = model.config.get_text_config().vocab_size
     ordered, _ = in_order(task, vocabulary)
     targets = sorted(module_names(model).linear)
-    clock = Clock(model.parameters())
+    clock = Clock(model.parameters(), task, StepParts())
 
     class Ends(transformers.TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, *_: Any, **__: Any) -> None:

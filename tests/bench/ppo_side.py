@@ -22,6 +22,7 @@ import torch
 import transformers
 import trl
 from measured import PPO_EPOCHS, TEMPERATURE, Clock, Measured, Task
+from parts import StepParts
 from torch import nn
 from torch.utils.data import DataLoader
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
@@ -49,7 +50,7 @@ def measure(task: Task, prompts: list[list[int]]) -> Measured:
     tokenizer = transformers.AutoTokenizer.from_pretrained(task.model, padding_side="left")
     linear = {name.rpartition(".")[2] for name, module in policy.named_modules() if isinstance(module, nn.Linear)}
     adapter = {"r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0, "target_modules": sorted(linear - {"lm_head"})}
-    clock = Clock([*policy.parameters(), *critic.parameters()])
+    clock = Clock([*policy.parameters(), *critic.parameters()], task, StepParts())
     critic = peft.inject_adapter_in_model(peft.LoraConfig(**adapter, task_type="SEQ_CLS"), critic)
     for name, parameter in critic.named_parameters():
         trained = "lora_" in name or name.startswith("score.")

@@ -3,7 +3,8 @@
     python -m tests.bench.trainer --methods dpo --profiles even --rows 48 --runs 3
 
 What a case measured goes into tests/bench/trainer.json as soon as it has ended, and the table in docs/benchmarks.md is
-written from that file: a run may be cut off, and a later one may measure one method anew. `--dry` prints only. What is the same on both sides: model, rows of every
+written from that file: a run may be cut off, and a later one may measure one method anew. `--dry` prints only, `--parts`
+shows where a step's time goes. What is the same on both sides: model, rows of every
 optimizer step, precision, LoRA targets and rank, threads, optimizer, logging. trl runs at its defaults (gradient
 checkpointing, device batches of 8, the reference computed in every step) and at its best settings (no checkpointing, a
 precomputed reference, the device batch that a short trial finds fastest).
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 for name in ("tests", "trainer_image", "operator"):
     sys.path.insert(0, str(ROOT / name))
 
-from bench import page, trainer_table  # noqa: E402  (the folders above are on the path only now)
+from bench import page, parts_table, trainer_table  # noqa: E402  (the folders above are on the path only now)
 from bench.measured import Measured, Task  # noqa: E402
 from bench.trainer_rows import METHODS, ONLINE_METHODS, PROFILES  # noqa: E402
 from bench.trainer_side import in_order  # noqa: E402
@@ -45,10 +46,15 @@ def main(arguments: Sequence[str]) -> int:
     options = _options().parse_args(arguments)
     if options.table:
         page.replace("trainer", trainer_table.section(trainer_table.read()))
+        if known := parts_table.read():
+            page.replace("parts", parts_table.section(known))
         return 0
     with tempfile.TemporaryDirectory() as place:
         model = options.model or _bundled(Path(place) / "model")
         for method, profile in ((method, profile) for method in options.methods for profile in options.profiles):
+            if options.parts:
+                _take_apart(method, profile, str(model), options)
+                continue
             case = _compare(method, profile, str(model), options)
             cases = {**trainer_table.read(), f"{method}, {profile}": case}
             text = trainer_table.section(cases)
@@ -79,6 +85,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--model", help="a model folder; absent: bundled://smollm2-135m-instruct")
+    parser.add_argument("--parts", action="store_true", help="profile one step of each side in place of timing them")
     parser.add_argument("--table", action="store_true", help="measure nothing; write the table from what was found")
     parser.add_argument("--dry", action="store_true", help="print the table, leave the page alone")
     return parser
@@ -95,8 +102,26 @@ def _bundled(folder: Path) -> Path:
     return folder
 
 
-def _compare(method: str, profile: str, model: str, options: argparse.Namespace) -> Case:
-    task = Task(
+def _take_apart(method: str, profile: str, model: str, options: argparse.Namespace) -> None:
+    task = _task(method, profile, model, options)
+    # What was found fastest when the sides were timed, where they were.
+    known = trainer_table.read().get(f"{method}, {profile}")
+    batch = known.task.batch if known is not None else task.batch
+    sides = [side for side in options.sides if side != "trl-default"]
+    found = {
+        side: run_side(replace(task, side=side, batch=batch if side == "trl" else task.batch, parts=True)).parts
+        for side in sides
+    }
+    cases = {**parts_table.read(), f"{method}, {profile}": found}
+    text = parts_table.section(cases)
+    sys.stdout.write(text + "\n")
+    if not options.dry:
+        parts_table.write(cases)
+        page.replace("parts", text)
+
+
+def _task(method: str, profile: str, model: str, options: argparse.Namespace) -> Task:
+    return Task(
         side="ours",
         method=method,
         profile=profile,
@@ -111,6 +136,10 @@ def _compare(method: str, profile: str, model: str, options: argparse.Namespace)
         answers=options.answers if method == "grpo" else 1,
         new_tokens=options.new_tokens if method in ONLINE_METHODS else 0,
     )
+
+
+def _compare(method: str, profile: str, model: str, options: argparse.Namespace) -> Case:
+    task = _task(method, profile, model, options)
     best = _best_batch(task, options) if "trl" in options.sides else task.batch
     found: dict[str, list[Measured]] = {side: [] for side in options.sides}
     for _ in range(options.runs):

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from bench.measured import Clock, Measured, Task
+from bench.parts import StepParts
 from bench.trainer_rows import NO_REFERENCE, make_rows, our_operations, shape_of, their_operations
 from plumbline_api.methods import Dpo, Kto
 from plumbline_api.training import Lora, Training
@@ -80,7 +81,7 @@ def measure_ours(task: Task) -> Measured:
         )
         policy = load_policy(context, context.input("model"), precision=task.precision, device="cpu")
         ordered, plan = in_order(task, policy.model.config.get_text_config().vocab_size)
-        clock = Clock(policy.model.parameters())
+        clock = Clock(policy.model.parameters(), task, StepParts())
         trainable = make_trainable(policy, LORA, SEED, freeze=None)
         scorer = Scorer(trainable, precision=task.precision)
         if task.method == "rewardModel":
@@ -136,7 +137,7 @@ def measure_trl(task: Task) -> Measured:
     ordered, _ = in_order(task, model.config.get_text_config().vocab_size)
     targets = sorted(name for name in module_names(model).linear if name != "score")
     shape_model = model
-    clock = Clock(model.parameters())
+    clock = Clock(model.parameters(), task, StepParts())
 
     class Ends(transformers.TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, *_: Any, **__: Any) -> None:

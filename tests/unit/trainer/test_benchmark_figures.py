@@ -5,9 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
+from bench.measured import Clock, Task
+from bench.parts import StepParts, parts_of
+from bench.parts_table import row_of as parts_row
 from bench.quickstart import PeakMemory, stage_seconds
 from bench.transfer import require_equal, row_of
 
@@ -64,3 +69,37 @@ def test_an_incomplete_download_is_noticed(tmp_path: Path, harm: str) -> None:
         (tmp_path / "found" / "c").write_bytes(b"")
     with pytest.raises(RuntimeError, match=r"instead of"):
         require_equal(tmp_path / "source", tmp_path / "found")
+
+
+def test_a_step_is_the_sum_of_its_parts() -> None:
+    events = [
+        SimpleNamespace(key="aten::addmm", self_cpu_time_total=2e6),
+        SimpleNamespace(key="aten::mm", self_cpu_time_total=1e6),
+        SimpleNamespace(key="aten::_scaled_dot_product_flash_attention_for_cpu_backward", self_cpu_time_total=5e5),
+        SimpleNamespace(key="aten::mul", self_cpu_time_total=2.5e5),
+        SimpleNamespace(key="aten::mean", self_cpu_time_total=2.5e5),
+    ]
+    parts = parts_of(events, wall=5.0)
+    assert parts == {
+        "products": 3.0,
+        "attention": 0.5,
+        "elementwise": 0.5,
+        "between": 1.0,
+        "step": 5.0,
+    }
+    row = parts_row("dpo, even", "ours", parts)
+    assert (row["step (s)"], row["matrix products"], row["copies"]) == ("5.00", "3.00 (60%)", "0.00 (0%)")
+
+
+@pytest.mark.parametrize(("place", "asked", "seen"), [(2, True, True), (1, True, False), (2, False, False)])
+def test_the_last_step_is_taken_apart_and_no_other(place: int, asked: bool, seen: bool) -> None:
+    task = Task("ours", "dpo", "even", "", 6, 2, 512, 1, "float32", 1, 1, parts=asked)
+    clock = Clock([], task, StepParts())
+    clock.mark()
+    for step in range(3):  # of 6 rows, 2 a step
+        if step == place:
+            torch.ones(300, 300) @ torch.ones(300, 300)
+        clock.mark()
+    parts = clock.result(task, 60, 0.0, []).parts
+    assert ("products" in parts) is seen
+    assert ("step" in parts) is asked

@@ -17,7 +17,7 @@ SEGMENTS = "plumbline_segments"
 """Name under which the attention is registered; transformers builds no mask of its own for it."""
 
 
-WASTE_MAX = 60_000
+WASTE_MAX = 22_000
 """Scores of a block that may be computed in vain before its segments are taken one by one; measured on a CPU, where
 the further calls cost about as much as so many scores."""
 
