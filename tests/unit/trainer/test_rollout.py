@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import transformers
 from plumbline_trainer.models.loading import load_base
 from plumbline_trainer.models.tokenizer import Tokenizer
 from plumbline_trainer.rollout import decoding
+from plumbline_trainer.rollout.cache import RowCache
 from plumbline_trainer.rollout.drawing import uniform_draws
 from plumbline_trainer.rollout.huggingface import HuggingFaceRollout
 from plumbline_trainer.rollout.interface import Prompt, Sampled
@@ -111,6 +114,24 @@ def test_a_prompt_is_computed_once_for_all_its_answers(tmp_path):
     prefills = [rows for rows, width in widths if width > 1]
     assert sum(prefills) == len(prompts)
     assert max(rows for rows, _ in widths) <= 150 // 6
+
+
+def test_memory_of_a_rollout_is_free_before_the_garbage_collector_comes(tmp_path, monkeypatch):
+    model, tokenizer = loaded(tmp_path)
+    made: list[weakref.ref] = []
+
+    class Noted(RowCache):
+        def __init__(self, layers: int) -> None:
+            super().__init__(layers)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(decoding, "RowCache", Noted)
+    gc.disable()
+    try:
+        engine(model, tokenizer, max_new_tokens=4).sample(prompts_of(tokenizer), answers=2, seed=1)
+        assert [cache() for cache in made] == [None]
+    finally:
+        gc.enable()
 
 
 def test_answers_that_are_finished_cost_nothing_more(tmp_path):

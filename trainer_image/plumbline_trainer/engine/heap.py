@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 
 
 def release_freed() -> None:
@@ -12,7 +11,6 @@ def release_freed() -> None:
     glibc keeps what was freed below a block that is still in use: after the path check or a rollout that can be as much
     as a training step needs, in other sizes. Call it between phases: what comes back has to be mapped anew.
     """
-    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
     if trim is not None:
         trim(0)

@@ -8,6 +8,7 @@ leaves gives its place to the last one; a row that joins is written into a free 
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,8 @@ class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped
 
     def __init__(self, rows: RowCache) -> None:
         super().__init__()
-        self._rows = rows
+        # A cycle would keep the memory of a rollout until the garbage collector comes by.
+        self._rows: RowCache = weakref.proxy(rows)
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
