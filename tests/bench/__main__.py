@@ -29,6 +29,11 @@ PARTS = {
         "tests/bench/generation.py",
         "SmolLM2-135M with a LoRA adapter of rank 16, the quickstart's questions, temperature 1, float32",
     ),
+    "products": (
+        "Products over few tokens",
+        "tests/bench/products.py",
+        "how many times as fast as `F.linear` the decoding loop's linear layers are, medians of alternating rounds",
+    ),
     "quickstart": (
         "Quickstart",
         "tests/bench/quickstart.py",

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from bench import products
 from bench.measured import Clock, Task
 from bench.parts import StepParts, parts_of
 from bench.parts_table import row_of as parts_row
@@ -69,6 +70,12 @@ def test_an_incomplete_download_is_noticed(tmp_path: Path, harm: str) -> None:
         (tmp_path / "found" / "c").write_bytes(b"")
     with pytest.raises(RuntimeError, match=r"instead of"):
         require_equal(tmp_path / "source", tmp_path / "found")
+
+
+def test_products_are_compared_for_every_weight() -> None:
+    (row,) = products.measure(tokens=(2,), rounds=1)
+    assert set(row) == {"tokens", *products.SHAPES}
+    assert all(float(row[name].rstrip("×")) > 0 for name in products.SHAPES)
 
 
 def test_a_step_is_the_sum_of_its_parts() -> None:
