@@ -63,7 +63,7 @@ def _problems(error: ValidationError, model: type[BaseModel]) -> Iterator[Proble
         path = field_path(location)
         kind, value = item["type"], item.get("input")
         if kind == "extra_forbidden":
-            yield Problem(path, f"unknown field{_suggestion(str(location[-1]), _siblings(model, location[:-1]))}")
+            yield Problem(path, f"unknown field{_remedy(str(location[-1]), location[:-1], model)}")
         elif kind == "missing":
             yield Problem(path, "required, but not set")
         elif kind == "value_error":
@@ -114,6 +114,16 @@ def _shown(value: Any) -> str:
         return "the mapping" if isinstance(value, dict) else "the list"
     text = repr(value) if not isinstance(value, str) else f'"{value}"'
     return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _remedy(name: str, place: tuple[int | str, ...], model: type[BaseModel]) -> str:
+    """Where a field that is not known at a place is known: beside what it was put into, within a field there, or under
+    another name."""
+    if place and name != place[-1] and isinstance(place[-1], str) and name in _siblings(model, place[:-1]):
+        return f". It belongs beside {place[-1]}, one level up"
+    known = _siblings(model, place)
+    within = [field for field in known if name in _siblings(model, (*place, field))]
+    return f". It belongs into {' or '.join(within)}" if within else _suggestion(name, known)
 
 
 def _suggestion(name: str, options: list[str]) -> str:

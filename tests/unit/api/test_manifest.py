@@ -28,6 +28,14 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"stages": stages_with(1, sft={"dataset": "tickets", "training": {"learningRte": 1e-4}})},
         ["spec.stages[1].sft.training.learningRte: unknown field. Did you mean learningRate?"],
     ),
+    "field of the one within": (
+        {"stages": stages_with(1, sft={"dataset": "tickets", "learningRate": 1e-4})},
+        ["spec.stages[1].sft.learningRate: unknown field. It belongs into training"],
+    ),
+    "field of the one above": (
+        {"stages": stages_with(2, dpo={"dataset": "prefs", "retries": 2})},
+        ["spec.stages[2].dpo.retries: unknown field. It belongs beside dpo, one level up"],
+    ),
     "unknown stage type": (
         {"stages": [{"name": "s", "dop": {"dataset": "prefs"}}]},
         [

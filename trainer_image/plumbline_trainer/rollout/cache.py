@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped
     def __init__(self, rows: RowCache) -> None:
         super().__init__()
         # A cycle would keep the memory of a rollout until the garbage collector comes by.
-        self._rows: RowCache = weakref.proxy(rows)
+        self._rows = cast("RowCache", weakref.proxy(rows))
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
