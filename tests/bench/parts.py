@@ -13,11 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 KINDS: dict[str, re.Pattern[str]] = {
     "products": re.compile(r"^aten::(mm|addmm_?|bmm|baddbmm_?|matmul|linear|mv|dot)$"),
     "attention": re.compile(r"^aten::_?(scaled_dot_product|efficient_attention|flash_attention)"),
-    "softmax": re.compile(r"^aten::(_?log_softmax|_?softmax|logsumexp|gather|scatter_add)(_backward)?(_data)?_?$"),
     "copies": re.compile(
         r"^aten::(copy_|cat|clone|contiguous|stack|index|index_select|repeat_interleave|pad|fill_|zero_)"
     ),
-    "optimizer": re.compile(r"^(aten::_foreach_|aten::_fused_adam)"),
 }
 """Kind → names of operations; all others are `elementwise`, as most of them are."""
 

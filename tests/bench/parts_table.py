@@ -12,10 +12,8 @@ FILE = Path(__file__).parent / "parts.json"
 COLUMNS = {
     "products": "matrix products",
     "attention": "attention",
-    "softmax": "softmax, picking tokens",
-    "elementwise": "element-wise, norms, sums",
+    "elementwise": "element-wise, norms, softmax",
     "copies": "copies",
-    "optimizer": "optimizer",
     "between": "between operations",
 }
 HOW = (
