@@ -29,8 +29,9 @@ for name in ("tests", "trainer_image", "operator"):
 
 from bench import page, parts_table, trainer_table  # noqa: E402  (the folders above are on the path only now)
 from bench.measured import Measured, Task  # noqa: E402
+from bench.online_rows import online_operations, online_shape  # noqa: E402
 from bench.trainer_rows import METHODS, ONLINE_METHODS, PROFILES  # noqa: E402
-from bench.trainer_side import in_order  # noqa: E402
+from bench.trainer_side import LORA, in_order  # noqa: E402
 from bench.trainer_table import Case  # noqa: E402
 from plumbline_api.training import TOKENS_ON_CPU  # noqa: E402
 
@@ -148,7 +149,8 @@ def _compare(method: str, profile: str, model: str, options: argparse.Namespace)
     found: dict[str, list[Measured]] = {side: [] for side in options.sides}
     for _ in range(options.runs):
         for side in options.sides:
-            found[side].append(run_side(replace(task, side=side, batch=best if side == "trl" else task.batch)))
+            wanted = replace(task, side=side, batch=best if side == "trl" else task.batch)
+            found[side].append(counted(wanted, run_side(wanted)))
     return Case(
         task=replace(task, side="", model=options.model or BUNDLED, batch=best),
         runs=found,
@@ -156,6 +158,15 @@ def _compare(method: str, profile: str, model: str, options: argparse.Namespace)
         load=round(os.getloadavg()[2], 1),
         machine=f"{os.cpu_count()} cores of {_processor()}",
     )
+
+
+def counted(task: Task, measured: Measured) -> Measured:
+    """With the arithmetic of a stage that samples, which its side does not count: trl's ppo knows none of our modules."""
+    if task.method not in ONLINE_METHODS:
+        return measured
+    rows, _ = in_order(task, 1000)  # lengths depend on no vocabulary
+    shape = online_shape(task.model, LORA.rank)
+    return replace(measured, operations=online_operations(shape, task, [len(row.prompt) for row in rows]))
 
 
 def _best_batch(task: Task, options: argparse.Namespace) -> int:

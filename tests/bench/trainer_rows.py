@@ -136,17 +136,19 @@ def _packed(shape: Shape, rows: Sequence[Encoded], *, trained: bool, lent: bool 
         for row in rows
     )
     # Our head keeps its derivative in the forward pass: two products in all.
-    return _pass(shape, tokens, pairs, 2.0 * shape.head * scored, products=2, trained=trained)
+    return pass_operations(shape, tokens, pairs, 2.0 * shape.head * scored, products=2, trained=trained)
 
 
 def _padded(shape: Shape, lengths: Sequence[int], *, trained: bool) -> float:
     longest = max(lengths)
     tokens = longest * len(lengths)
     # trl 1.16 on a CPU takes the head at every position, and computes its logits again in the backward pass.
-    return _pass(shape, tokens, longest**2 / 2 * len(lengths), 2.0 * shape.head * tokens, products=3, trained=trained)
+    return pass_operations(
+        shape, tokens, longest**2 / 2 * len(lengths), 2.0 * shape.head * tokens, products=3, trained=trained
+    )
 
 
-def _pass(shape: Shape, tokens: int, pairs: float, head: float, *, products: int, trained: bool) -> float:
+def pass_operations(shape: Shape, tokens: float, pairs: float, head: float, *, products: int, trained: bool) -> float:
     """A backward pass through frozen weights costs as much as the forward pass, plus the adapter's own gradients."""
     forward = 2.0 * (shape.linear + shape.adapter) * tokens + 4.0 * shape.width * shape.layers * pairs
     return 2 * forward + 2.0 * shape.adapter * tokens + products * head if trained else forward + head

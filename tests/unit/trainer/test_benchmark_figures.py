@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,10 +13,16 @@ import pytest
 import torch
 from bench import products
 from bench.measured import Clock, Task
+from bench.online_rows import online_operations, online_shape
 from bench.parts import StepParts, parts_of
 from bench.parts_table import row_of as parts_row
 from bench.quickstart import PeakMemory, stage_seconds
+from bench.trainer_rows import Shape, shape_of
 from bench.transfer import require_equal, row_of
+from plumbline_api.training import Lora
+from plumbline_trainer.models.adapters import attach_lora
+from plumbline_trainer.models.loading import load_base
+from support.tiny import save_model
 
 
 def test_seconds_of_stages_come_from_the_status() -> None:
@@ -70,6 +77,34 @@ def test_an_incomplete_download_is_noticed(tmp_path: Path, harm: str) -> None:
         (tmp_path / "found" / "c").write_bytes(b"")
     with pytest.raises(RuntimeError, match=r"instead of"):
         require_equal(tmp_path / "source", tmp_path / "found")
+
+
+def test_arithmetic_of_an_iteration_by_hand() -> None:
+    """A product with one weight is two operations; a backward pass costs a forward pass."""
+    shape = Shape(layers=1, linear=100, head=10, width=0, adapter=0)
+    ours = Task("ours", "ppo", "even", "", 1, 1, 512, 1, "float32", 1, 0, new_tokens=2)
+    sampled = (600 + 20) + (400 + 40)
+    looked = (1000 + 80) + (1000 + 40) + 1000  # policy with entropies, reference, critic
+    assert online_operations(shape, ours, [3]) == sampled + looked + 4 * ((2000 + 80) + 2000)
+    # trl takes the head at all positions, and pads the second prompt to the first.
+    trl = replace(ours, side="trl", rows=2, global_batch=2)
+    alone = sampled + (1000 + 100) + 1000 + 4 * ((2000 + 200) + 2000)
+    assert online_operations(shape, trl, [3, 1]) == 2 * alone
+    # Of grpo's answers the prompt is shared; trl's take one each.
+    group = replace(ours, method="grpo", answers=3)
+    tokens = 3 + 3 * 2
+    assert online_operations(shape, group, [3]) == (600 + 20) + (1200 + 120) + (200 * tokens + 240) + (
+        400 * tokens + 240
+    )
+    assert online_operations(shape, replace(group, side="trl"), [3]) == 3 * (sampled + 2000 + 80)
+
+
+def test_the_shape_of_a_folder_is_that_of_the_loaded_model(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    model, _ = load_base(folder, "float32")
+    attach_lora(model, Lora(rank=3, alpha=6), seed=1)
+    adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert online_shape(str(folder), 3) == shape_of(model, adapter)
 
 
 def test_products_are_compared_for_every_weight() -> None:
