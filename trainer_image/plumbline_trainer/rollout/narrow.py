@@ -14,9 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TOKENS_MAX = 64
 ROWS_MIN = 512
 """Rows of a weight from which turning the product pays for turning its result back."""
+TOKENS_MAX = 6
+"""Tokens up to which it pays."""
+HEAD_ROWS_MIN = 8192
+HEAD_TOKENS_MAX = 64
+"""The same of weights as large as an output head, which are read from memory whatever else happens."""
 
 
 def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -28,12 +32,18 @@ def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias: [out].
     """
     tokens = x.numel() // x.shape[-1]
-    if not 2 <= tokens <= TOKENS_MAX or len(weight) < ROWS_MIN or x.device.type != "cpu" or _rounds(x, weight):
+    if not _pays(tokens, len(weight)) or x.device.type != "cpu" or _rounds(x, weight):
         return F.linear(x, weight, bias)
     turned = (weight @ x.reshape(tokens, -1).t()).t().contiguous()
     if bias is not None:
         turned += bias
     return turned.view(*x.shape[:-1], len(weight))
+
+
+def _pays(tokens: int, rows: int) -> bool:
+    if rows >= HEAD_ROWS_MIN:
+        return 2 <= tokens <= HEAD_TOKENS_MAX
+    return rows >= ROWS_MIN and 2 <= tokens <= TOKENS_MAX
 
 
 def _rounds(x: Tensor, weight: Tensor) -> bool:
