@@ -21,7 +21,7 @@ HOW = (
     "many small operations; seconds, and the share of the step."
 )
 NOTE = (
-    "Profiles, methods and settings are those of the table above, trl at its best settings. A step has the same rows on both sides, without "
+    "Models, adapters and precision are those of the table above, trl at its best settings. A step has the same rows on both sides, without "
     "the reference pass. *Between operations* is Python, and what the profiler costs."
 )
 
@@ -51,4 +51,4 @@ def row_of(case: str, side: str, parts: Mapping[str, float]) -> dict[str, str]:
     shown = {
         title: f"{parts.get(kind, 0.0):.2f} ({parts.get(kind, 0.0) / step:.0%})" for kind, title in COLUMNS.items()
     }
-    return {"method": case, "side": side, "step (s)": f"{step:.2f}", **shown}
+    return {"method": case, "side": side, "rows": f"{parts['rows']:.0f}", "step (s)": f"{step:.2f}", **shown}

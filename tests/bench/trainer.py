@@ -113,10 +113,10 @@ def _take_apart(method: str, profile: str, model: str, options: argparse.Namespa
     known = trainer_table.read().get(f"{method}, {profile}")
     batch = known.task.batch if known is not None else task.batch
     sides = [side for side in options.sides if side != "trl-default"]
-    found = {
-        side: run_side(replace(task, side=side, batch=batch if side == "trl" else task.batch, parts=True)).parts
-        for side in sides
-    }
+    found = {}
+    for side in sides:
+        measured = run_side(replace(task, side=side, batch=batch if side == "trl" else task.batch, parts=True))
+        found[side] = {**measured.parts, "rows": float(task.global_batch)}
     cases = {**parts_table.read(), f"{method}, {profile}": found}
     text = parts_table.section(cases)
     sys.stdout.write(text + "\n")

@@ -129,8 +129,9 @@ def test_a_step_is_the_sum_of_its_parts() -> None:
         "between": 1.0,
         "step": 5.0,
     }
-    row = parts_row("dpo, even", "ours", parts)
-    assert (row["step (s)"], row["matrix products"], row["copies"]) == ("5.00", "3.00 (60%)", "0.00 (0%)")
+    row = parts_row("dpo, even", "ours", {**parts, "rows": 4.0})
+    assert (row["rows"], row["step (s)"]) == ("4", "5.00")
+    assert (row["matrix products"], row["copies"]) == ("3.00 (60%)", "0.00 (0%)")
 
 
 @pytest.mark.parametrize(("place", "asked", "seen"), [(2, True, True), (1, True, False), (2, False, False)])

@@ -20,7 +20,7 @@ TOKENS_MAX = 6
 """Tokens up to which it pays."""
 HEAD_ROWS_MIN = 8192
 HEAD_TOKENS_MAX = 64
-"""The same of weights as large as an output head, which are read from memory whatever else happens."""
+"""The same of weights as large as an output head."""
 
 
 def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
