@@ -284,10 +284,10 @@ class World:
         for job in [job for job in self.jobs.values() if job.deleting]:
             self.vanish(job.name)
 
-    def report(self, stage: str, percentage: int, **metrics: str) -> None:
+    def report(self, stage: str, percentage: int, *, finish: str | None = None, **metrics: str) -> None:
         """A running trainer reports."""
         job = self.job(stage)
-        progress = Progress(percentage=percentage, last_update_time="2026-01-01T12:00:00Z")
+        progress = Progress(percentage=percentage, finish_time=finish, last_update_time="2026-01-01T12:00:00Z")
         self.progress[job.name] = ProgressView(job.name, progress, tuple(metrics.items()))
 
     def edit(self, **spec: Any) -> None:

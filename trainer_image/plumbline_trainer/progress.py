@@ -64,6 +64,7 @@ class ProgressReporter:
         self._times: deque[tuple[float, int]] = deque(maxlen=RATE_WINDOW)
         self._told: set[str] = set()
         self._unsent = self._unwritten = self._unsaved = False
+        self._estimated = False
         self._sent = self._written = self._saved = -math.inf
         self._thread: threading.Thread | None = None
 
@@ -101,9 +102,13 @@ class ProgressReporter:
             if len(shown) > METRICS_MAX:
                 # Those that people look at first travel, then the newest.
                 shown = dict(list(by_importance(dict(reversed(shown.items()))).items())[:METRICS_MAX])
+            remaining = self._remaining(step, steps)
+            if remaining is not None and not self._estimated:
+                # The first sign that steps are being made does not wait for its turn.
+                self._estimated, self._sent = True, -math.inf
             self._status = TrainerStatus(
                 progress_percentage=None if steps <= 0 else max(0, min(100, int(100 * step / steps))),
-                estimated_remaining_seconds=self._remaining(step, steps),
+                estimated_remaining_seconds=remaining,
                 metrics=[{"name": name[:128], "value": f"{value:.6g}"} for name, value in shown.items()],
                 message=(message or (f"step {step}/{steps}" if steps > 0 else ""))[:256],
                 last_updated_time=when,

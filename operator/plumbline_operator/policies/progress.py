@@ -31,11 +31,24 @@ def with_progress(entry: StageStatus, view: ProgressView | None, now: datetime) 
 
 
 def hold_until(old: PipelineStatus, new: PipelineStatus, interval_seconds: float) -> datetime | None:
-    """When a change of nothing but progress may be written; None where it may be written now."""
-    if _without_progress(old) != _without_progress(new):
+    """When a change of nothing but progress may be written; None where it may be written now.
+
+    A stage's first estimate of its end is written at once: until then one sees only what it prepares, and a short stage
+    would be over before it was seen to advance.
+    """
+    if _without_progress(old) != _without_progress(new) or _estimated(new) - _estimated(old):
         return None
     written = [parse_time(entry.progress.last_update_time) for entry in old.stages if entry.progress is not None]
     return max(written) + timedelta(seconds=interval_seconds) if written else None
+
+
+def _estimated(status: PipelineStatus) -> set[tuple[str, int]]:
+    """The stages' attempts whose end is estimated."""
+    return {
+        (entry.name, entry.attempt)
+        for entry in status.stages
+        if entry.progress is not None and entry.progress.finish_time is not None
+    }
 
 
 def same_but_usage(old: PipelineStatus, new: PipelineStatus) -> bool:

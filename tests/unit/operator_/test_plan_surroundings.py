@@ -112,6 +112,23 @@ def test_progress_is_shown_but_written_at_most_every_ten_seconds():
     assert world.status.usage.gpu_hours == round(2 * 10 / 3600, 3)
 
 
+def test_the_first_estimate_of_the_end_is_written_at_once_and_later_ones_wait():
+    world = World()
+    world.go("preflight")
+    world.run("sft")
+    world.settle()
+    world.report("sft", 0)
+    world.settle()
+    world.later(1)
+    world.report("sft", 3, finish="2026-01-01T12:01:00Z")
+    world.settle()
+    assert world.status.progress == "3%"
+    world.later(1)
+    world.report("sft", 6, finish="2026-01-01T12:01:10Z")
+    assert world.settle().requeue_after == pytest.approx(9.0)
+    assert world.status.progress == "3%"
+
+
 def test_progress_does_not_hold_back_anything_else():
     world = World(pipeline_body(FORK))
     world.go("preflight", "base")

@@ -79,8 +79,30 @@ def test_posts_are_rare_and_the_last_one_is_sent(tmp_path: Path, listener: Liste
     for step in range(200):
         progress.update(step, 200)
     progress.close()
-    assert len(listener.seen) <= 2
+    # One at once, one with the first estimate, the last.
+    assert len(listener.seen) <= 3
     assert listener.seen[-1][1]["trainerStatus"]["message"] == "step 199/200"
+
+
+def test_the_first_steps_are_told_at_once(tmp_path: Path, listener: Listener) -> None:
+    progress = reporter(tmp_path, PLUMBLINE_PROGRESS_URL=listener.url)
+
+    def told(text: str) -> bool:
+        deadline = time.monotonic() + 4  # Less than the pause between two reports.
+        while time.monotonic() < deadline:
+            if any(body["trainerStatus"]["message"] == text for _, body in listener.seen):
+                return True
+            time.sleep(0.01)
+        return False
+
+    progress.update(0, 300, "comparing the fast path with the plain one")
+    assert told("comparing the fast path with the plain one")
+    progress.update(1, 300)
+    assert told("step 1/300")
+    progress.update(2, 300)
+    assert not any(body["trainerStatus"]["message"] == "step 2/300" for _, body in listener.seen)
+    progress.close()
+    assert listener.seen[-1][1]["trainerStatus"]["message"] == "step 2/300"
 
 
 def test_the_file_is_replaced_whole(tmp_path: Path) -> None:
