@@ -25,6 +25,8 @@ PROGRESS_FILE_ENV = "PLUMBLINE_PROGRESS_FILE"
 """File that takes the same report instead, replaced atomically; the local runner reads it."""
 TERMINATION_LOG_ENV = "PLUMBLINE_TERMINATION_LOG"
 """File that rank 0 of node 0 writes the StageResult to; default /dev/termination-log."""
+STAGES_AT_ONCE_ENV = "PLUMBLINE_STAGES_AT_ONCE"
+"""How many trainers may share this machine's processors; absent: one has them all."""
 ENDPOINT_TOKEN_PREFIX = "PLUMBLINE_ENDPOINT_TOKEN_"  # noqa: S105
 """Environment variables with the bearer tokens of reward endpoints, see `endpoint_token_env`."""
 ENDPOINT_TOKEN_KEY = "token"  # noqa: S105

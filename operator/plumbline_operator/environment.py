@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from plumbline_api.pipeline import Storage
 from plumbline_api.quantities import parse_duration, parse_quantity
-from plumbline_api.runtime import Proxy, RuntimeSpec
+from plumbline_api.runtime import Proxy, RewardEndpoint, RuntimeSpec
 from plumbline_api.stagerun import (
     ENDPOINT_TOKEN_KEY,
     PROGRESS_CA_ENV,
@@ -73,13 +73,20 @@ def pod_environment(
     secret = run.storage.secret_name
     keys = SECRET_KEYS if secret is not None else {}
     secrets = [_from_secret(key, key, str(secret), optional) for key, optional in keys.items()]
-    for endpoint in run.endpoints or []:
+    for endpoint in _asked(run):
         if endpoint.secret_name is not None:
             name = endpoint_token_env(endpoint.name)
             secrets.append(_from_secret(name, ENDPOINT_TOKEN_KEY, endpoint.secret_name, optional=False))
     kept = {item["name"] for item in secrets}
     plain = [{"name": name, "value": escaped(value)} for name, value in sorted(literal.items()) if name not in kept]
     return [*secrets, *plain]
+
+
+def _asked(run: StageRun) -> list[RewardEndpoint]:
+    """The reward endpoints that a trainer asks; preflight tries those of all stages."""
+    if run.role == "preflight" and run.record is not None:
+        return run.record.endpoints or []
+    return run.endpoints or []
 
 
 def escaped(value: str) -> str:

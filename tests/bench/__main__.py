@@ -29,6 +29,11 @@ PARTS = {
         "tests/bench/generation.py",
         "SmolLM2-135M with a LoRA adapter of rank 16, the quickstart's questions, temperature 1, float32",
     ),
+    "threads": (
+        "Threads that wait",
+        "tests/bench/threads.py",
+        "how long a thread looks before it sleeps, for a trainer that is alone and for two on the same processors",
+    ),
     "products": (
         "Products over few tokens",
         "tests/bench/products.py",

@@ -34,6 +34,7 @@ from bench.trainer_rows import METHODS, ONLINE_METHODS, PROFILES  # noqa: E402
 from bench.trainer_side import LORA, in_order  # noqa: E402
 from bench.trainer_table import Case  # noqa: E402
 from plumbline_api.training import TOKENS_ON_CPU  # noqa: E402
+from plumbline_trainer.threads import thread_settings  # noqa: E402
 
 PPO_PEER = ROOT / ".venv-ppo" / "bin" / "python"
 SIDES = ("ours", "trl", "trl-default")
@@ -190,7 +191,7 @@ def run_side(task: Task) -> Measured:
     environment = {
         **os.environ,
         "PYTHONPATH": paths,
-        "OMP_NUM_THREADS": str(task.threads),
+        **thread_settings({"OMP_NUM_THREADS": str(task.threads)}, 1),  # both sides as our stages run
         "HF_HUB_OFFLINE": "1",
         "TQDM_DISABLE": "1",
     }

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from plumbline_api.runtime import RewardEndpoint
 from plumbline_api.stagerun import StageResult
 from support.trainer import LocalPipeline, run_in_process, write_jsonl
 
@@ -25,6 +26,7 @@ def pipeline(
     stages: list[dict[str, Any]] | None = None,
     *,
     others: tuple[dict[str, Any], ...] = (),
+    endpoints: tuple[RewardEndpoint, ...] = (),
     **q: Any,
 ) -> LocalPipeline:
     if not (folder / "q.jsonl").exists():
@@ -52,7 +54,7 @@ def pipeline(
             ],
         },
     }
-    return LocalPipeline(body, folder)
+    return LocalPipeline(body, folder, endpoints=endpoints)
 
 
 def preflight(made: LocalPipeline, number: int = 1) -> tuple[StageResult, int]:

@@ -18,6 +18,7 @@ from plumbline_api.methods import DEFAULT_LEARNING_RATES
 from plumbline_api.pipeline import AlignmentPipeline, Storage
 from plumbline_api.record import ExternalInput, PipelineIdentity, RunRecord, fingerprints
 from plumbline_api.resolve import resolve
+from plumbline_api.runtime import RewardEndpoint
 from plumbline_api.stagerun import STAGE_ENV, TERMINATION_LOG_ENV, StageInput, StageResult, StageRun
 from plumbline_api.stages import STAGE_TYPES, yields_of
 from plumbline_trainer.cgroups import available_cpus
@@ -215,10 +216,18 @@ class LocalPipeline:
     folder: Path
     record: RunRecord = field(init=False)
     pins: list[str] = field(default_factory=list)
+    endpoints: tuple[RewardEndpoint, ...] = ()
 
     def __post_init__(self) -> None:
         pipeline = AlignmentPipeline.parse(self.body)
-        record = resolve(pipeline, None, operator_version="test", place="local", local_storage=storage_at(self.folder))
+        record = resolve(
+            pipeline,
+            None,
+            operator_version="test",
+            place="local",
+            local_storage=storage_at(self.folder),
+            local_endpoints=self.endpoints,
+        )
         uid = self.body["metadata"].get("uid", "uid-1")
         self.record = record.model_copy(update={"pipeline": identity(pipeline.metadata.name, uid)})
 

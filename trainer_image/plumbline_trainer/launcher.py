@@ -34,12 +34,13 @@ from plumbline_api.stagerun import (
 )
 from plumbline_api.stages import STAGE_TYPES
 
-from plumbline_trainer.cgroups import available_cpus, oom_kills
+from plumbline_trainer.cgroups import oom_kills
 from plumbline_trainer.errors import InputError, TransientError
 from plumbline_trainer.outcomes import RankReport, Verdict, failure, judge, read_report
 from plumbline_trainer.storage import uris
 from plumbline_trainer.storage.manifests import damage, finite, read_manifest
 from plumbline_trainer.storage.objects import ObjectStore, open_store
+from plumbline_trainer.threads import thread_settings
 from plumbline_trainer.transcript import Transcript
 
 GRACE_ENV = "PLUMBLINE_GRACE_SECONDS"
@@ -207,10 +208,7 @@ def _start(
             "MASTER_ADDR": address,
             "MASTER_PORT": port,
             SCRATCH_ENV: folder,
-            "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS") or max(1, available_cpus() // count),
-            # Threads that wait for each other sleep: where a processor is shared or capped, spinning takes the time
-            # that the slower thread needs (on two busy cores three times the processor time, and twice the wall time).
-            "OMP_WAIT_POLICY": environment.get("OMP_WAIT_POLICY") or "PASSIVE",
+            **thread_settings(environment, count),
             "TOKENIZERS_PARALLELISM": environment.get("TOKENIZERS_PARALLELISM", "true"),
             "CUBLAS_WORKSPACE_CONFIG": environment.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
             "PYTHONUNBUFFERED": 1,

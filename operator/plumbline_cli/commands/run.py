@@ -33,7 +33,13 @@ def run(
     ] = None,
     pipeline: PipelineChoice = None,
     parallel: Annotated[
-        int, typer.Option("--parallel", min=1, metavar="N", help="Stages that may run at once on this machine.")
+        int,
+        typer.Option(
+            "--parallel",
+            min=1,
+            metavar="N",
+            help="Stages that may run at once on this machine; they share its processors.",
+        ),
     ] = 1,
     output: Output = Format.TEXT,
 ) -> None:
@@ -67,7 +73,7 @@ def run(
                 folder=session.folder,
                 state=session.state,
                 settings=session.settings,
-                launch=TrainerLauncher(session.folder),
+                launch=TrainerLauncher(session.folder, parallel=parallel),
                 observer=display,
                 parallel=parallel,
             )

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from plumbline_api.stagerun import PROGRESS_FILE_ENV, STAGE_ENV, TERMINATION_LOG_ENV, StageRun
+from plumbline_api.stagerun import PROGRESS_FILE_ENV, STAGE_ENV, STAGES_AT_ONCE_ENV, TERMINATION_LOG_ENV, StageRun
 
 from plumbline_cli.exits import BAD_INPUT, CommandError
 from plumbline_cli.local.process import StageProcess, trainer_command
@@ -54,7 +54,9 @@ class TrainerLauncher:
         *,
         command: Sequence[str] | None = None,
         environment: Mapping[str, str] | None = None,
+        parallel: int = 1,
     ) -> None:
+        self._parallel = parallel
         self._folder, self._command = folder, trainer_command() if command is None else command
         self._environment = os.environ if environment is None else environment
 
@@ -68,14 +70,16 @@ class TrainerLauncher:
         replace_file(files.run, run.to_json())
         return StageProcess(
             self._command,
-            environment=trainer_environment(self._environment, run, files),
+            environment=trainer_environment(self._environment, run, files, parallel=self._parallel),
             folder=files.scratch,
             log=files.log,
         )
 
 
-def trainer_environment(environment: Mapping[str, str], run: StageRun, files: JobFolder) -> dict[str, str]:
-    """The whole environment of a trainer."""
+def trainer_environment(
+    environment: Mapping[str, str], run: StageRun, files: JobFolder, *, parallel: int = 1
+) -> dict[str, str]:
+    """The whole environment of a trainer, one of some that may run at once."""
     kept = {name: value for name, value in environment.items() if PASSED_ON.fullmatch(name)}
     if path := kept.get("PYTHONPATH"):  # Relative folders are meant from here, not from where the trainer works.
         kept["PYTHONPATH"] = os.pathsep.join(str(Path(part).absolute()) for part in path.split(os.pathsep) if part)
@@ -85,6 +89,7 @@ def trainer_environment(environment: Mapping[str, str], run: StageRun, files: Jo
         STAGE_ENV: run.to_json(),
         TERMINATION_LOG_ENV: str(files.termination),
         PROGRESS_FILE_ENV: str(files.progress),
+        STAGES_AT_ONCE_ENV: str(parallel),
         "PYTHONUNBUFFERED": "1",
         "PYDANTIC_DISABLE_PLUGINS": "__all__",  # searching for some takes a tenth of a second of every start
         "TOKENIZERS_PARALLELISM": "false",

@@ -17,6 +17,7 @@ from plumbline_api.stagerun import STAGE_ENV, TERMINATION_LOG_ENV, StageResult, 
 from plumbline_trainer.context import StageOutput
 from plumbline_trainer.launcher import launch as launch_here
 from plumbline_trainer.storage.manifests import commit_output
+from plumbline_trainer.threads import thread_settings
 from support.trainer import (
     finish_launcher,
     launch,
@@ -289,3 +290,12 @@ def test_the_launcher_stays_small(tmp_path: Path) -> None:
     environment = launch_environment(stage_run(tmp_path), tmp_path)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+def test_threads_are_shared_and_rest_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plumbline_trainer.threads.available_cpus", lambda: 8)
+    assert thread_settings({}, 1) == {"OMP_NUM_THREADS": "8", "GOMP_SPINCOUNT": "10000"}
+    assert thread_settings({"PLUMBLINE_STAGES_AT_ONCE": "2"}, 2)["OMP_NUM_THREADS"] == "2"
+    assert thread_settings({"PLUMBLINE_STAGES_AT_ONCE": "16"}, 1)["OMP_NUM_THREADS"] == "1"
+    assert thread_settings({"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "ACTIVE"}, 4) == {"OMP_NUM_THREADS": "3"}
+    assert thread_settings({"GOMP_SPINCOUNT": "5"}, 1) == {"OMP_NUM_THREADS": "8"}

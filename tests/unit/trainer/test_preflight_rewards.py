@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import transformers
+from plumbline_api.runtime import RewardEndpoint
 from plumbline_trainer.rewards.functions import source_digest
 from support import tiny
 from support.preflighting import pipeline, plan_of, preflight
+from support.reward_service import Service, saying
 from support.trainer import LocalPipeline, write_jsonl
 
 
@@ -31,7 +33,13 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         del sys.modules[name]
 
 
-def online(folder: Path, model: Path, *rewards: dict[str, Any], prompts: str = "q") -> LocalPipeline:
+def online(
+    folder: Path,
+    model: Path,
+    *rewards: dict[str, Any],
+    prompts: str = "q",
+    endpoints: tuple[RewardEndpoint, ...] = (),
+) -> LocalPipeline:
     write_jsonl(folder / "asked.jsonl", [{"prompt": f"Say {n}"} for n in range(12)])
     training = {"globalBatch": 4, "maxLength": 64, "maxSteps": 2}
     stage = {
@@ -45,7 +53,7 @@ def online(folder: Path, model: Path, *rewards: dict[str, Any], prompts: str = "
         },
     }
     others = ({"name": "asked", "source": f"file://{folder}/asked.jsonl"},)
-    return pipeline(folder, model, [stage], others=others)
+    return pipeline(folder, model, [stage], others=others, endpoints=endpoints)
 
 
 def classifier(folder: Path, labels: int) -> Path:
@@ -111,3 +119,67 @@ def test_rows_that_turn_out_to_have_no_answers_are_refused(
     assert code == 2
     assert f"spec.stages[0].grpo.rewards[0].{field}: {reward[field]} compares with the answer" in result.message
     assert '"asked" holds prompts without answers' in result.message
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    found = Service()
+    yield found
+    found.close()
+
+
+def judged(folder: Path, model: Path, service: Service, **fields: Any) -> LocalPipeline:
+    """Asked by two rewards of a stage, and compared with the rows' answers."""
+    offered = RewardEndpoint.model_validate({"name": "judge", "url": service.url, "timeout": "300ms", **fields})
+    return online(folder, model, {"endpoint": "judge"}, {"endpoint": "judge", "name": "b"}, endpoints=(offered,))
+
+
+def test_an_endpoint_is_asked_once_with_the_first_row(tmp_path: Path, model: Path, service: Service) -> None:
+    result, code = preflight(judged(tmp_path, model, service))
+    assert code == 0, result.message
+    [(_, body)] = service.requests
+    [[turn]], [answer], [reference] = body["prompts"], body["answers"], body["references"]
+    number = turn["content"].removeprefix("Say ")
+    assert turn == {"role": "user", "content": f"Say {number}"}
+    assert answer == reference == f"It is {number}."
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (saying("no", 403), 'the reward endpoint "judge" (http://127.0.0.1'),
+        (saying("gone", 404), "answered 404: gone"),
+        (saying('{"scores": [1, 2]}'), "sent 2 scores for 1 answers"),
+        (saying("<html>"), "sent no JSON: '<html>'"),
+    ],
+)
+def test_an_endpoint_that_cannot_work_is_refused_before_anything_trains(
+    tmp_path: Path, model: Path, service: Service, answer: Any, words: str
+) -> None:
+    service.answer = answer
+    result, code = preflight(judged(tmp_path, model, service))
+    assert code == 2
+    assert result.message.startswith("spec.stages[0].grpo.rewards[0].endpoint: ")
+    assert words in result.message
+    assert len(service.requests) == 1
+
+
+def test_a_missing_token_is_refused(tmp_path: Path, model: Path, service: Service) -> None:
+    result, code = preflight(judged(tmp_path, model, service, secretName="judge-token"))
+    assert code == 2
+    assert "needs a token and PLUMBLINE_ENDPOINT_TOKEN_JUDGE is not set" in result.message
+    assert not service.requests
+
+
+def test_an_endpoint_that_is_down_is_only_remarked(tmp_path: Path, model: Path, service: Service) -> None:
+    """It may be up by the time the stage runs."""
+    service.answer = saying("busy", 503)
+    made = judged(tmp_path, model, service)
+    result, code = preflight(made)
+    assert code == 0, result.message
+    assert len(service.requests) == 1
+    assert result.preflight is not None
+    assert result.preflight.notes[0].startswith('rl: the reward endpoint "judge"')
+    assert plan_of(made)["notes"][0].endswith("answered 503 once")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import torch
 from plumbline_api.runtime import RewardEndpoint
 from plumbline_api.stagerun import StageRun
 from plumbline_trainer.rewards import endpoints
+from plumbline_trainer.worker import execute
 from safetensors.torch import load_file
 from support.ranks import run_ranks
-from support.trainer import output_folder, run_in_process
+from support.trainer import output_folder, run_in_process, stage_context
 from support.training_data import training_run
 
 STEPS = 4
@@ -40,7 +41,8 @@ class Judge:
 
     def __init__(self) -> None:
         self.asked, self.fault_from, self.fault = 0, 0, ""
-        self.over = threading.Event()
+        self.over, self.gave_up = threading.Event(), False
+        self.when_hanging: Callable[[], None] = lambda: None
         judge = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -51,7 +53,8 @@ class Judge:
                 status = 200
                 if judge.fault and judge.asked >= judge.fault_from:
                     if judge.fault == "hangs":
-                        judge.over.wait(20)
+                        judge.when_hanging()
+                        judge.gave_up |= not judge.over.wait(20)
                         return
                     status = 503 if judge.fault == "errors" else 200
                     scores = scores[:-1]
@@ -84,11 +87,11 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
     found.server.server_close()
 
 
-def online_run(folder: Path, judge: Judge, **fields: Any) -> StageRun:
+def online_run(folder: Path, judge: Judge, timeout: str = "300ms", **fields: Any) -> StageRun:
     stage = {"rewards": REWARDS, "rollout": {"maxNewTokens": 6}, "answers": 3}
     settings: dict[str, Any] = {"rows": 16, "lora": {"rank": 4}, "globalBatch": 4, "maxLength": 64, "maxSteps": STEPS}
     run = training_run(folder, "grpo", stage=stage, learningRate=5e-3, **settings, **fields)
-    endpoint = RewardEndpoint.model_validate({"name": "judge", "url": judge.url, "timeout": "300ms"})
+    endpoint = RewardEndpoint.model_validate({"name": "judge", "url": judge.url, "timeout": timeout})
     return run.model_copy(update={"endpoints": [endpoint]})
 
 
@@ -125,6 +128,20 @@ def test_it_stops_with_the_name_and_loses_nothing(
     first, second = weights_of(whole), weights_of(broken)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_sigterm_does_not_wait_for_an_endpoint_that_hangs(tmp_path: Path, judge: Judge) -> None:
+    run = online_run(tmp_path, judge, timeout="2m")
+    judge.fault, judge.fault_from = "hangs", 3
+    context = stage_context(tmp_path, run)
+    judge.when_hanging = context.stop.request
+    result, ended = execute(context)
+    assert not judge.gave_up, "the stage waited for the endpoint"
+    assert ended == 143, result.message
+    assert result.last_step == 2
+    judge.fault = ""
+    result, ended = run_in_process(tmp_path / "again", run)
+    assert (ended, result.first_step, result.last_step) == (0, 2, STEPS), result.message
 
 
 def test_two_ranks_stop_together(tmp_path: Path, judge: Judge) -> None:

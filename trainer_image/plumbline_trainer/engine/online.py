@@ -172,11 +172,13 @@ class OnlineRun:
         """What the rewards say.
 
         Raises:
+            Interrupted: on SIGTERM, after everything done so far is committed.
             TransientError: where an endpoint does not answer, after everything done so far is committed.
         """
         try:
             return self.rewards.score(candidates, ranks=self.ranks, held_out=held_out)
         except TransientError:
+            self.leave_if_stopped()
             self._commit()
             raise
 

@@ -25,7 +25,7 @@ from plumbline_trainer.engine.winners import (
     refuse_no_winner,
     winning_rows,
 )
-from plumbline_trainer.errors import Interrupted
+from plumbline_trainer.errors import Interrupted, TransientError
 from plumbline_trainer.models.policy import Policy
 from plumbline_trainer.models.tokenizer import Tokenizer
 from plumbline_trainer.rewards.combining import RewardSet, Scored
@@ -166,7 +166,9 @@ def _sample_and_score(
     count = len(prompts.train)
     # Training answers first: normalisation is by their moments.
     train, held_out = (
-        _scored_rows(prompts, asked[part], samples[part], rewards, parameters, seed, writer, ranks, is_held_out)
+        _scored_rows(
+            context, prompts, asked[part], samples[part], rewards, parameters, seed, writer, ranks, is_held_out
+        )
         for part, is_held_out in ((slice(count), False), (slice(count, None), True))
     )
     _leave_if_stopped(context, ranks)
@@ -175,6 +177,7 @@ def _sample_and_score(
 
 
 def _scored_rows(
+    context: StageContext,
     prompts: Prompts,
     asked: Sequence[Encoded],
     samples: Sequence[Sequence[Sampled]],
@@ -189,7 +192,11 @@ def _scored_rows(
     if not asked:
         return []
     candidates = prompts.candidates(asked, samples)
-    scored = rewards.score(candidates, held_out=is_held_out, ranks=ranks)
+    try:
+        scored = rewards.score(candidates, held_out=is_held_out, ranks=ranks)
+    except TransientError:
+        _leave_if_stopped(context, ranks)
+        raise
     rollout = parameters.rollout
     how = {
         "engine": rollout.engine,

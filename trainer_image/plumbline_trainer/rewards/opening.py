@@ -79,7 +79,7 @@ def open_rewards(
         elif reward.function is not None:
             found.append(open_function(reward.function, context.input(f"rewards.{number}.function").digest))
         else:
-            found.append(EndpointReward(_endpoint(context, str(reward.endpoint), place)))
+            found.append(EndpointReward(_endpoint(context, str(reward.endpoint), place), stop=context.stop))
     return RewardSet(rewards, found)
 
 

@@ -18,6 +18,7 @@ from pydantic.alias_generators import to_camel
 from plumbline_trainer.context import StageContext, StageOutput
 from plumbline_trainer.data.loading import load_dataset
 from plumbline_trainer.errors import InputError, Interrupted
+from plumbline_trainer.planning.asking import ask_endpoints
 from plumbline_trainer.planning.datasets import DatasetFindings, Leak, as_input, find_leaks, survey
 from plumbline_trainer.planning.estimates import Estimate, can_be_sharded, estimate
 from plumbline_trainer.planning.facts import ModelFacts, local_tokenizer, model_facts, reading
@@ -70,17 +71,15 @@ def run(context: StageContext) -> StageOutput:
     read_datasets(context, record, pins, found, problems)
     check_uses(record, found.datasets, problems)
     check_rewards(context, record, pins, problems)
-    if problems.found:
-        write_plan(context, refused(record, problems))
-        for message in problems.messages:
-            context.log.error("%s", message)
-        raise problems.as_error(PLAN_FILE)
+    refuse(context, record, problems)
     found.pins = [one for one in pins if one is not None]
     digests = [item.digest for item in found.pins]
     found.leaks = find_leaks(found.datasets.values(), *readers(record))
     found.hits = find_hits(context.store, record, fingerprints(record, digests))
+    silent = ask_endpoints(context, record, found.pins, found.hits, problems)
+    refuse(context, record, problems)
     estimate_stages(context, record, found)
-    found.notes = notes(record, found)
+    found.notes = [*silent, *notes(record, found)]
     write_plan(context, to_plan(record, found))
     return StageOutput(
         folder=context.scratch,
@@ -94,6 +93,19 @@ def run(context: StageContext) -> StageOutput:
             notes=[note[:NOTE_CHARACTERS] for note in found.notes[:NOTES_MAX]],
         ),
     )
+
+
+def refuse(context: StageContext, record: RunRecord, problems: Problems) -> None:
+    """Tell what was found wrong so far.
+
+    Raises:
+        InputError: if that is anything.
+    """
+    if problems.found:
+        write_plan(context, refused(record, problems))
+        for message in problems.messages:
+            context.log.error("%s", message)
+        raise problems.as_error(PLAN_FILE)
 
 
 def check_numerics(record: RunRecord) -> None:
