@@ -12,7 +12,7 @@ SPINS = 10_000
 """Looks at a lock before a thread of libgomp sleeps: about 0.2 ms, as long as Python takes between two operations.
 
 Sleeping at once costs a quarter of the speed of a stage that is alone, since its threads are woken for every operation.
-libgomp's own 300,000 looks are no faster, and where something else wants the processor they take the time that the
+libgomp's own 300,000 looks gain little more, and where something else wants the processor they take the time that the
 slower thread needs. `make bench` measures all three.
 """
 
