@@ -7,12 +7,15 @@ from functools import partial
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 from plumbline_api.online import Reward
 from plumbline_trainer.data.rows import Message
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.patterns import make_search
-from plumbline_trainer.rewards import rules
+from plumbline_trainer.rewards import schemas
 from plumbline_trainer.rewards.interface import Candidate
 from plumbline_trainer.rewards.rules import RuleReward, last_number, make_rule, repeated_share
 
@@ -147,6 +150,41 @@ def test_expressions_of_a_schema_are_searched_within_time_and_must_be_some() -> 
 
 
 def test_an_expression_of_a_schema_that_runs_away_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "make_search", partial(make_search, seconds=0.2))
-    with pytest.raises(InputError, match=r"rewards\[0\]\.schema: .* was not found or ruled out within 0\.2 s"):
-        score(json.dumps("a" * 60 + "!"), rule="jsonSchema", schema='{"pattern": "^(a|aa)+$"}')
+    monkeypatch.setattr(schemas, "make_search", partial(make_search, seconds=0.2))
+    slow, texts = "^(a|aa)+$", "a" * 60 + "!"
+    for schema, answer in (
+        ({"pattern": slow}, texts),
+        ({"patternProperties": {slow: {"type": "string"}}}, {texts: "x"}),
+        ({"additionalProperties": False, "patternProperties": {slow: {}}}, {texts: "x"}),
+    ):
+        with pytest.raises(InputError, match=r"rewards\[0\]\.schema: .* was not found or ruled out within 0\.2 s"):
+            score(json.dumps(answer), rule="jsonSchema", schema=json.dumps(schema))
+
+
+def test_what_no_limit_of_time_reaches_is_refused() -> None:
+    schema = {"unevaluatedProperties": False, "patternProperties": {"^a": {}}}
+    with pytest.raises(InputError, match=r"rewards\[0\]\.schema: unevaluatedProperties .* say additionalProperties"):
+        score("{}", rule="jsonSchema", schema=json.dumps({"$defs": {"inner": schema}}))
+    alone = json.dumps({"properties": {"a": {}}, "unevaluatedProperties": False})
+    assert score('{"a": 1}', rule="jsonSchema", schema=alone) == 1.0
+    assert score('{"b": 1}', rule="jsonSchema", schema=alone) == 0.0
+
+
+NAMES, EXPRESSIONS = ("a", "ab", "b1", "z"), ("^a", "b", "[0-9]$", "^ab$")
+INNER = st.sampled_from([True, False, {"type": "integer"}, {"type": "string", "pattern": "^a"}, {"minimum": 2}])
+OBJECTS = st.dictionaries(st.sampled_from(NAMES), st.sampled_from([1, 3, "a", "ba", None, {"a": 1}]))
+SCHEMAS = st.fixed_dictionaries(
+    {},
+    optional={
+        "properties": st.dictionaries(st.sampled_from(NAMES), INNER, max_size=2),
+        "patternProperties": st.dictionaries(st.sampled_from(EXPRESSIONS), INNER, max_size=2),
+        "additionalProperties": INNER,
+        "required": st.lists(st.sampled_from(NAMES), unique=True, max_size=1),
+    },
+)
+
+
+@given(SCHEMAS, st.one_of(OBJECTS, st.sampled_from(["a", 1])))
+def test_schemas_mean_what_the_library_says(schema: dict[str, Any], value: Any) -> None:
+    expected = Draft202012Validator(schema).is_valid(value)
+    assert score(json.dumps(value), rule="jsonSchema", schema=json.dumps(schema)) == float(expected)

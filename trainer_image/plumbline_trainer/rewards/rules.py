@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from plumbline_api.online import Reward
 
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.patterns import make_search
 from plumbline_trainer.rewards.interface import Candidate
+from plumbline_trainer.rewards.schemas import make_fit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +71,8 @@ def make_rule(reward: Reward, place: str) -> Rule:
         return lambda candidate: _numeric_match(candidate, place)
     assert reward.rule == "jsonSchema"
     assert reward.schema_ is not None
-    return json_rule(reward.schema_, place)
+    fits = make_fit(reward.schema_, f"{place}.schema")
+    return lambda candidate: float(fits(candidate.answer))
 
 
 def words(text: str) -> list[str]:
@@ -117,49 +118,3 @@ def reference_of(candidate: Candidate, place: str) -> str:
             "Name prompts with answers, or another reward"
         )
     return candidate.reference
-
-
-def json_rule(schema: str, place: str) -> Rule:
-    """1 where the whole answer is JSON that fits a schema, else 0. References lead nowhere outside the schema.
-
-    Raises:
-        InputError: if the schema is none.
-    """
-    from jsonschema import SchemaError, ValidationError
-    from jsonschema.validators import extend, validator_for
-    from referencing import Registry
-    from referencing.exceptions import Unresolvable
-
-    document = json.loads(schema)
-    kind = validator_for(document)
-    try:
-        kind.check_schema(document, format_checker=kind.FORMAT_CHECKER)  # expressions are a format
-    except SchemaError as error:
-        where = "/".join(map(str, error.absolute_path))
-        raise InputError(
-            f"{place}.schema: is not a JSON schema{f' (at {where})' if where else ''}: {error.message}"
-        ) from error
-
-    def fits_pattern(validator: Any, pattern: str, value: Any, _schema: Any) -> Iterator[ValidationError]:
-        if validator.is_type(value, "string") and not make_search(pattern, f"{place}.schema")(value):
-            yield ValidationError(f"does not match {pattern}")
-
-    validator = extend(kind, {"pattern": fits_pattern})(document, registry=Registry())
-
-    def holds(candidate: Candidate) -> float:
-        try:
-            value = json.loads(candidate.answer, parse_constant=_refuse_constant)
-            validator.validate(value)
-        except (ValueError, ValidationError, RecursionError):
-            return 0.0
-        except Unresolvable as error:
-            raise InputError(
-                f'{place}.schema: refers to "{error.ref}", which is not in it. Put it under $defs'
-            ) from error
-        return 1.0
-
-    return holds
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
