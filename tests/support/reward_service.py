@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+import pytest
 
 Answer = Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]
 
@@ -59,3 +62,14 @@ def lengths(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
 
 def saying(content: str, status: int = 200, **headers: str) -> Answer:
     return lambda handler, _body: send(handler, content.encode(), status, **headers)
+
+
+@contextmanager
+def serving() -> Iterator[Service]:
+    """A service for the length of the block, reached past any proxy."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            patch.delenv(name, raising=False)
+        found = Service()
+        yield found
+        found.close()

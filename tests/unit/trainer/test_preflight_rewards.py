@@ -13,7 +13,7 @@ from plumbline_api.runtime import RewardEndpoint
 from plumbline_trainer.rewards.functions import source_digest
 from support import tiny
 from support.preflighting import pipeline, plan_of, preflight
-from support.reward_service import Service, saying
+from support.reward_service import Service, saying, serving
 from support.trainer import LocalPipeline, write_jsonl
 
 
@@ -122,12 +122,9 @@ def test_rows_that_turn_out_to_have_no_answers_are_refused(
 
 
 @pytest.fixture
-def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    found = Service()
-    yield found
-    found.close()
+def service() -> Iterator[Service]:
+    with serving() as found:
+        yield found
 
 
 def judged(folder: Path, model: Path, service: Service, **fields: Any) -> LocalPipeline:

@@ -15,16 +15,13 @@ from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.errors import InputError, TransientError
 from plumbline_trainer.rewards.endpoints import EndpointReward
 from plumbline_trainer.rewards.interface import Candidate
-from support.reward_service import Answer, Service, lengths, saying, send
+from support.reward_service import Answer, Service, lengths, saying, send, serving
 
 
 @pytest.fixture
-def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    found = Service()
-    yield found
-    found.close()
+def service() -> Iterator[Service]:
+    with serving() as found:
+        yield found
 
 
 def endpoint(service: Service, **fields: Any) -> RewardEndpoint:
