@@ -74,6 +74,7 @@ def _case(value: dict[str, Any]) -> Case:
 def _row(case: Case) -> dict[str, str]:
     task, found = case.task, case.runs
     ours, best, default = (found.get(side, []) for side in ("ours", "trl", "trl-default"))
+    answers = f"{task.answers} answers each, " if task.answers > 1 else ""
     row = {
         "method": task.method,
         "profile": task.profile,
@@ -91,7 +92,7 @@ def _row(case: Case) -> dict[str, str]:
         "memory, ours ÷ best": f"{_peak(ours) / _peak(best):.2f} ({_above(ours) / _above(best):.2f})"
         if ours and best
         else "",
-        "asked for": f"{task.rows} rows, {task.global_batch} a step, {task.precision}, tokensPerBatch "
+        "asked for": f"{task.rows} rows, {task.global_batch} a step, {answers}{task.precision}, tokensPerBatch "
         f"{task.tokens_per_batch}, {len(ours)} runs",
         "when": f"{case.date}, load {case.load}, {case.machine}",
     }
