@@ -9,7 +9,7 @@ from plumbline_api.stagerun import STAGES_AT_ONCE_ENV
 from plumbline_trainer.cgroups import available_cpus
 
 SPINS = 10_000
-"""Looks at a lock before a thread of libgomp sleeps: about 0.2 ms, as long as Python takes between two operations.
+"""Looks at a lock before a thread of libgomp sleeps.
 
 Sleeping at once costs a quarter of the speed of a stage that is alone, since its threads are woken for every operation.
 libgomp's own 300,000 looks gain little more, and where something else wants the processor they take the time that the

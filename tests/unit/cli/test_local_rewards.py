@@ -79,7 +79,7 @@ def test_paths_of_classifiers_are_relative_to_the_manifest(tmp_path: Path) -> No
     assert rewards[1].model == f"file://{tmp_path}/rm"
 
 
-def test_a_trainer_gets_tokens_of_endpoints_and_folders_of_functions(
+def test_a_trainer_gets_tokens_of_endpoints_folders_of_functions_and_its_share(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -89,7 +89,8 @@ def test_a_trainer_gets_tokens_of_endpoints_and_folders_of_functions(
         "OTHER_TOKEN": "mine",
         "PYTHONPATH": os.pathsep.join([".", "/opt/lib"]),
     }
-    found = trainer_environment(given, stage_run(tmp_path), files)
+    found = trainer_environment(given, stage_run(tmp_path), files, parallel=3)
+    assert found["PLUMBLINE_STAGES_AT_ONCE"] == "3"
     assert found["PLUMBLINE_ENDPOINT_TOKEN_JUDGE"] == "s3cret"
     assert "OTHER_TOKEN" not in found
     assert found["PYTHONPATH"] == os.pathsep.join([str(tmp_path), "/opt/lib"])

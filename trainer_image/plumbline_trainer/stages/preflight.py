@@ -77,6 +77,7 @@ def run(context: StageContext) -> StageOutput:
     found.leaks = find_leaks(found.datasets.values(), *readers(record))
     found.hits = find_hits(context.store, record, fingerprints(record, digests))
     silent = ask_endpoints(context, record, found.pins, found.hits, problems)
+    _check_stop(context)  # an endpoint that was not waited for says nothing
     refuse(context, record, problems)
     estimate_stages(context, record, found)
     found.notes = [*silent, *notes(record, found)]
