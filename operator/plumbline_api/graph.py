@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from plumbline_api.artifacts import PREFERENCE_FORMATS, ArtifactKind
-from plumbline_api.methods import LikelihoodStage, PolicyStage
+from plumbline_api.methods import KlStage, PolicyStage
 from plumbline_api.online import SampledStage
 from plumbline_api.pipeline import PipelineSpec
 from plumbline_api.stages import (
@@ -75,7 +75,7 @@ def references(spec: PipelineSpec, index: int) -> Iterator[Reference]:
         )
     if (reference := getattr(value, "reference", None)) is not None:
         yield Reference("reference", f"{here}.{stage.type}.reference", reference, ArtifactKind.POLICY)
-    if isinstance(value, LikelihoodStage):
+    if isinstance(value, PolicyStage):
         for number, item in enumerate(value.rehearsal or ()):
             yield Reference(
                 f"rehearsal.{number}.dataset",
@@ -84,10 +84,10 @@ def references(spec: PipelineSpec, index: int) -> Iterator[Reference]:
                 ArtifactKind.DATASET,
                 REHEARSAL_FORMATS,
             )
-        if value.kl is not None and not value.kl.is_start:
-            named = "reference" if value.kl.reference is not None else "baseModel"
-            target = BASE_MODEL if value.kl.reference is None else value.kl.reference
-            yield Reference("kl.reference", f"{here}.{stage.type}.kl.{named}", target, ArtifactKind.POLICY)
+    if isinstance(value, KlStage) and value.kl is not None and not value.kl.is_start:
+        named = "reference" if value.kl.reference is not None else "baseModel"
+        target = BASE_MODEL if value.kl.reference is None else value.kl.reference
+        yield Reference("kl.reference", f"{here}.{stage.type}.kl.{named}", target, ArtifactKind.POLICY)
     if isinstance(value, PolicyStage) and value.ewc is not None:
         yield Reference(
             "ewc.dataset",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -31,11 +33,23 @@ class Ewc(Contract):
     """Rows, drawn by the seed, from which the Fisher diagonal F is taken at the stage's start."""
 
 
+def least_mixed(own: int, shares: Sequence[float]) -> int:
+    """Rows that a step needs for `own` of the stage's own among them, where other datasets have shares of all rows.
+
+    Every dataset's rows stand evenly in an epoch, so that of a stretch of g rows at least s·(g − k) − (1 − s) are the
+    stage's own: k other datasets, own share s.
+    """
+    if not shares:
+        return own
+    share = 1.0 - sum(shares)
+    return math.floor(len(shares) + (own - share) / share + 1e-9) + 1
+
+
 class Kl(Contract):
     """Hold the whole distribution of each token near that of a reference."""
 
     coefficient: Annotated[float, Field(gt=0, le=1000)] = 0.1
-    """Factor on the mean of KL(reference ‖ policy) over the tokens that carry loss."""
+    """Factor on the mean of KL(reference ‖ policy) over the tokens that carry loss: all answers' where there are several."""
     reference: Name | None = None
     """Stage whose policy is the reference. Absent: the policy at this stage's start, or baseModel."""
     base_model: bool = False
@@ -58,6 +72,8 @@ class PolicyStage(TrainingStage):
 
     ewc: Ewc | None = None
     """Elastic weight consolidation."""
+    rehearsal: Annotated[list[Rehearsal], Field(min_length=1, max_length=8)] | None = None
+    """Other datasets to mix in, against forgetting; an epoch remains a pass over `dataset`."""
 
     @model_validator(mode="after")
     def _can_hold(self) -> Self:
@@ -76,23 +92,27 @@ class PolicyStage(TrainingStage):
                 "ewc squares the gradient of every row, and training.sharding sums gradients over ranks before that. "
                 "Leave one of the two out, or hold the weights with training.l2sp"
             )
+        shares = sum(item.share for item in self.rehearsal or ())
+        if shares >= 1:
+            raise ValueError(
+                f"rehearsal: the shares sum to {shares:g} and leave no room for dataset; keep them below 1"
+            )
         return self
 
 
-class LikelihoodStage(PolicyStage):
-    """Fields of the stages that raise the likelihood of given tokens."""
+class KlStage(PolicyStage):
+    """Fields of the stages whose own loss holds the policy near no reference."""
 
-    rehearsal: Annotated[list[Rehearsal], Field(min_length=1, max_length=8)] | None = None
-    """Other datasets to mix in, against forgetting; an epoch remains a pass over `dataset`."""
     kl: Kl | None = None
     """Hold the answers near the policy at the stage's start, which needs lora, or near another policy."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Share ε of each label spread over the vocabulary. Absent: 0."""
 
-    drops_at_random: ClassVar[bool] = True
+    @property
+    def kl_coefficient(self) -> float:
+        """The coefficient in force, 0 without kl."""
+        return 0.0 if self.kl is None else self.kl.coefficient
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _has_reference(self) -> Self:
         if self.kl is not None and not self.kl.is_start and self.training.sharding != "none":
             raise ValueError(
                 "kl.reference and kl.baseModel hold another model whole beside the one that training.sharding cuts. "
@@ -109,10 +129,47 @@ class LikelihoodStage(PolicyStage):
                 "beside it. Leave one of the two out, name the policy to compare with (kl.reference, kl.baseModel), "
                 "or hold the weights with ewc or training.l2sp"
             )
-        shares = sum(item.share for item in self.rehearsal or ())
-        if shares >= 1:
+        return self
+
+
+class LikelihoodStage(KlStage):
+    """Fields of the stages that raise the likelihood of given tokens; rehearsed ones count like the stage's own."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share ε of each label spread over the vocabulary. Absent: 0."""
+
+    drops_at_random: ClassVar[bool] = True
+
+
+class AnswersStage(PolicyStage):
+    """Fields of the stages that compare or weigh answers, whose rehearsed rows have a loss of their own."""
+
+    rehearsal_weight: Annotated[float, Field(gt=0, le=100)] | None = None
+    """Weight γ of the mean of −log p over the rehearsed tokens of a step, beside the stage's own loss. Absent: 1."""
+
+    @property
+    def rehearsed_weight(self) -> float:
+        """The weight in force."""
+        return 1.0 if self.rehearsal_weight is None else self.rehearsal_weight
+
+    @property
+    def step_needs(self) -> int:
+        """Rows that a step needs, so that enough of them are the stage's own."""
+        return least_mixed(self.least_rows, [item.share for item in self.rehearsal or ()])
+
+    @model_validator(mode="after")
+    def _can_rehearse(self) -> Self:
+        if self.rehearsal_weight is not None and self.rehearsal is None:
             raise ValueError(
-                f"rehearsal: the shares sum to {shares:g} and leave no room for dataset; keep them below 1"
+                "rehearsalWeight weighs the rows that rehearsal mixes in, and there are none. "
+                "Name their dataset in rehearsal, or leave rehearsalWeight out"
+            )
+        shares = [item.share for item in self.rehearsal or ()]
+        needed = self.step_needs
+        if self.training.global_batch < needed:
+            raise ValueError(
+                f"rehearsal takes {sum(shares):g} of the rows of a step, and of training.globalBatch: "
+                f"{self.training.global_batch} too few may be left of dataset. Take at least {needed}, or a lower share"
             )
         return self
 
@@ -149,7 +206,7 @@ Beta = Annotated[float, Field(gt=0, le=100)]
 SftWeight = Annotated[float, Field(ge=0, le=100)]
 
 
-class Dpo(PolicyStage):
+class Dpo(AnswersStage):
     """Direct preference optimisation (Rafailov et al. 2023) and its relatives with a reference."""
 
     beta: Beta = 0.1
@@ -211,7 +268,7 @@ class Dpo(PolicyStage):
         return self.length_normalized or self.loss == "ipo"
 
 
-class Orpo(PolicyStage):
+class Orpo(KlStage, AnswersStage):
     """Odds-ratio preference optimisation (Hong et al. 2024): likelihood plus beta times an odds-ratio loss, no reference."""
 
     beta: Beta = 0.1
@@ -220,7 +277,7 @@ class Orpo(PolicyStage):
     """Tokens of the likelihood: prompt and chosen answer as in the authors' code, or the answer alone."""
 
 
-class Simpo(PolicyStage):
+class Simpo(KlStage, AnswersStage):
     """Simple preference optimisation (Meng et al. 2024): a margin between mean log-probabilities, no reference."""
 
     beta: Beta = 2.0
@@ -231,7 +288,7 @@ class Simpo(PolicyStage):
     """Weight of the likelihood of chosen answers, the mean of −log p over the tokens of each."""
 
 
-class Cpo(PolicyStage):
+class Cpo(KlStage, AnswersStage):
     """Contrastive preference optimisation (Xu et al. 2024): the loss of dpo without a reference, plus likelihood."""
 
     beta: Beta = 0.1
@@ -240,7 +297,7 @@ class Cpo(PolicyStage):
     """Weight of the likelihood of chosen answers, the mean of −log p over the tokens of each."""
 
 
-class Rrhf(PolicyStage):
+class Rrhf(KlStage, AnswersStage):
     """Rank responses (Yuan et al. 2023): mean log-probabilities in the order of the ranks, plus likelihood of the best."""
 
     sft_weight: SftWeight = 1.0
@@ -254,7 +311,7 @@ class KtoTraining(Training):
     """Rows (or pairs) per optimizer step, over all ranks and micro-batches; the reference point is their mean."""
 
 
-class Kto(PolicyStage):
+class Kto(AnswersStage):
     """Kahneman-Tversky optimisation (Ethayarajh et al. 2024) on answers labelled desirable or not, or on pairs."""
 
     least_rows: ClassVar[int] = 2
@@ -271,7 +328,7 @@ class Kto(PolicyStage):
     """Stage whose policy is the reference. Absent: the policy at the start of this stage."""
 
 
-class Awr(PolicyStage):
+class Awr(KlStage, AnswersStage):
     """Advantage-weighted regression (Peng et al. 2019): answers by how far they score above the baseline V."""
 
     beta: Annotated[float, Field(gt=0, le=1e6)] = 1.0

@@ -233,6 +233,11 @@ class TunedStage(Contract):
     drops_at_random: ClassVar[bool] = False
     """Whether the adapter's dropout is on while the stage trains."""
 
+    @property
+    def step_needs(self) -> int:
+        """Rows of whichever dataset that an optimizer step needs."""
+        return self.least_rows
+
     @model_validator(mode="after")
     def _adapter_is_heard(self) -> Self:
         lora = self.lora

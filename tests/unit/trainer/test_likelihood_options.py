@@ -116,6 +116,21 @@ def test_a_coefficient_keeps_the_policy_near_its_start(tmp_path: Path) -> None:
     assert strong["loss"] > plain["loss"]
 
 
+@pytest.mark.parametrize("type_", ["orpo", "simpo", "cpo", "rrhf", "awr"])
+def test_answers_are_held_near_the_start_too(tmp_path: Path, type_: str) -> None:
+    """The mean is over tokens of all answers, however a step is cut, whatever the stage's own loss counts."""
+    found = {}
+    for name, coefficient, tokens in (("weak", 1e-6, 4096), ("strong", 30.0, 4096), ("cut", 30.0, 64)):
+        folder = tmp_path / name
+        run = training_run(folder, type_, stage={"kl": {"coefficient": coefficient}}, tokensPerBatch=tokens, **SETTINGS)
+        result, code = run_in_process(folder, run)
+        assert code == 0, result.message
+        found[name] = manifest_of(run).metrics
+    assert found["strong"]["kl"] < 0.3 * found["weak"]["kl"]
+    assert found["cut"]["kl"] == pytest.approx(found["strong"]["kl"], rel=1e-2)
+    assert found["cut"]["loss"] == pytest.approx(found["strong"]["loss"], rel=1e-3)
+
+
 @pytest.mark.parametrize("lora", [{"rank": 4}, None])
 def test_a_stage_stays_near_the_base_model_it_does_not_start_from(tmp_path: Path, lora: dict[str, int] | None) -> None:
     """After another stage, with an adapter and with all weights: the reference is in memory beside the policy."""

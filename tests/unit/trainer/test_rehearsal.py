@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from plumbline_api.methods import Sft
+from hypothesis import given
+from hypothesis import strategies as st
+from plumbline_api.methods import Dpo, Kto, Sft, least_mixed
 from plumbline_trainer.engine.loop import TrainingRun
+from plumbline_trainer.engine.schedule import plan_steps
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from support.ranks import run_ranks
@@ -89,6 +92,125 @@ def test_two_ranks_give_the_same(tmp_path: Path) -> None:
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     gap = sum(float((tensor - found[1][1][name]).square().sum()) for name, tensor in found[0][1].items())
     assert math.sqrt(gap) < 1e-4
+
+
+PREFERENCES = ["dpo", "kto", "orpo", "simpo", "cpo", "rrhf", "awr"]
+APART: dict[str, Any] = {
+    "lora": {"rank": 4},
+    "globalBatch": 8,
+    "learningRate": 1e-2,
+    "others": {"rehearsal.0.dataset": "promptCompletion"},
+}
+
+
+def rehearsing(share: float = 0.25, **stage: Any) -> dict[str, Any]:
+    return {**APART, "stage": {"rehearsal": [{"dataset": "old", "share": share}], **stage}}
+
+
+@pytest.mark.parametrize("type_", PREFERENCES)
+def test_beside_a_loss_on_answers_rehearsed_rows_have_a_mean_of_their_own(
+    tmp_path: Path, type_: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient of the first step is that of the stage alone plus γ times that of the mean −log p."""
+    from plumbline_trainer.engine.optimizer import Optimizer
+
+    seen: dict[str, dict[str, torch.Tensor]] = {}
+    losses: dict[str, float] = {}
+
+    def stop(name: str) -> Any:
+        def step(self: Optimizer, *_: Any) -> float:
+            seen[name] = {key: value.grad.clone() for key, value in self.trainables.items() if value.grad is not None}
+            raise KeyboardInterrupt
+
+        return step
+
+    real = TrainingRun._take_step
+
+    def own_only(self: TrainingRun, objective: Any) -> None:
+        rows = [self.rows[index] for index in self.plan.own_rows(0)]
+        losses["own"] = self._accumulate(objective, rows)["loss"]
+        self.optimizer.step(self.ranks)
+
+    def others_only(self: TrainingRun, _: Any) -> None:
+        rows = [self.rows[index] for index in self.plan.rows(0) if index >= len(self.plan.row_ids)]
+        assert len(rows) == 2
+        losses["others"] = self._rehearse(rows)["rehearsalLoss"]
+        self.optimizer.step(self.ranks)
+
+    for name, taken in (("whole", real), ("own", own_only), ("others", others_only)):
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainingRun, "_take_step", taken)
+            patch.setattr(Optimizer, "step", stop(name))
+            with pytest.raises(KeyboardInterrupt):
+                run_in_process(tmp_path, training_run(tmp_path, type_, **rehearsing(rehearsalWeight=0.5)))
+    assert losses["others"] > 0
+    for key, whole in seen["whole"].items():
+        torch.testing.assert_close(whole, seen["own"][key] + seen["others"][key], rtol=1e-4, atol=1e-7)
+    assert max(float(gradient.abs().max()) for gradient in seen["others"].values()) > 0
+
+
+@pytest.mark.parametrize("type_", ["dpo", "kto"])
+def test_what_a_preference_stage_rehearses_gets_likelier(tmp_path: Path, type_: str) -> None:
+    found = {}
+    for weight in (1e-6, 2.0):
+        folder = tmp_path / str(weight)
+        settings = rehearsing(share=0.5, rehearsalWeight=weight)
+        run = training_run(folder, type_, **settings, epochs=6, evaluation=0.25)
+        result, code = run_in_process(folder, run)
+        assert code == 0, result.message
+        found[weight] = manifest_of(run).metrics
+        assert found[weight]["rows"] < 24, "what is rehearsed is not counted"
+    assert found[2.0]["rehearsalLoss"] < 0.95 * found[1e-6]["rehearsalLoss"]
+
+
+def test_a_preference_stage_rehearses_alike_on_two_ranks(tmp_path: Path) -> None:
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        run = training_run(folder, "kto", **rehearsing(), maxSteps=4, tokensPerBatch=128, processes=processes)
+        run_ranks(folder, run)
+        found.append((manifest_of(run).metrics, load_file(next(output_folder(run).glob("*.safetensors")))))
+    for name in ("loss", "rehearsalLoss"):
+        assert found[0][0][name] == pytest.approx(found[1][0][name], rel=1e-5)
+    gap = sum(float((tensor - found[1][1][name]).square().sum()) for name, tensor in found[0][1].items())
+    assert math.sqrt(gap) < 1e-4
+
+
+@given(
+    own=st.integers(1, 60),
+    shares=st.lists(st.floats(0.02, 0.3), min_size=1, max_size=3),
+    least=st.integers(1, 3),
+    more=st.integers(0, 5),
+)
+def test_every_step_has_enough_rows_of_its_own(own: int, shares: list[float], least: int, more: int) -> None:
+    """What `least_mixed` promises, for the shares that whole rows come to."""
+    counts = [max(1, round(own * share / (1 - sum(shares)))) for share in shares]
+    whole = own + sum(counts)
+    needed = least_mixed(least, [count / whole for count in counts])
+    names = [f"own{n}" for n in range(own)]
+    plan = plan_steps(
+        names,
+        seed=1,
+        global_batch=needed + more,
+        epochs=2,
+        max_steps=None,
+        rehearsal=[([f"{k}/{n}" for n in range(7)], share) for k, share in enumerate(shares)],
+        least=needed,
+    )
+    if whole >= needed:
+        assert min(len(plan.own_rows(step)) for step in range(plan.steps)) >= least
+
+
+def test_a_step_too_small_for_its_own_rows_is_refused() -> None:
+    fields = {"dataset": "a", "rehearsal": [{"dataset": "b", "share": 0.5}]}
+    with pytest.raises(ValidationError, match=r"of training\.globalBatch: 4 too few .* Take at least 5"):
+        Kto.model_validate({**fields, "training": {"globalBatch": 4}})
+    assert Kto.model_validate({**fields, "training": {"globalBatch": 5}}).step_needs == 5
+
+
+def test_a_weight_without_rows_is_refused() -> None:
+    with pytest.raises(ValidationError, match="rehearsalWeight weighs the rows that rehearsal mixes in"):
+        Dpo.model_validate({"dataset": "a", "rehearsalWeight": 2})
 
 
 def test_shares_leave_room_for_the_own_rows() -> None:

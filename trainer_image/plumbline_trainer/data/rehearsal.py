@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from plumbline_api.methods import LikelihoodStage
+from plumbline_api.methods import PolicyStage
 
 from plumbline_trainer.data.encode import Encoded, EncodedRows, Method, encode_rows
 from plumbline_trainer.data.loading import load_rows
@@ -35,7 +35,7 @@ class RehearsalRows:
 
 
 def load_rehearsal(
-    context: StageContext, parameters: LikelihoodStage, tokenizer: Tokenizer, *, method: Method
+    context: StageContext, parameters: PolicyStage, tokenizer: Tokenizer, *, method: Method
 ) -> RehearsalRows:
     """Training rows of the datasets that `rehearsal` names.
 

@@ -14,10 +14,18 @@ from plumbline_trainer.context import StageContext
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.accumulation import Measured, accumulate
 from plumbline_trainer.engine.ahead import FirstBatches
+from plumbline_trainer.engine.closing import closing_figures
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.heap import release_freed
 from plumbline_trainer.engine.layers import layer_depths
-from plumbline_trainer.engine.objective import LooksAhead, Objective, row_tokens, token_weights
+from plumbline_trainer.engine.objective import (
+    LooksAhead,
+    Objective,
+    TokenLikelihood,
+    row_tokens,
+    scored_tokens,
+    token_weights,
+)
 from plumbline_trainer.engine.optimizer import Optimizer
 from plumbline_trainer.engine.packing import PackedBatch, dummy_of, keeping, pack, packed_length
 from plumbline_trainer.engine.pathcheck import choose_path
@@ -90,6 +98,7 @@ class TrainingRun:
         """Tokens of this attempt."""
         self._committed_step = self.state.step
         self._label_smoothing = self._kl = 0.0
+        self._rehearsal: float | None = None
         self._kl_reference: Scorer | None = None
         self._decide_path()
 
@@ -126,6 +135,7 @@ class TrainingRun:
         label_smoothing: float = 0.0,
         kl: float = 0.0,
         kl_reference: Scorer | None = None,
+        rehearsal: float | None = None,
     ) -> None:
         """Take all steps that are left, evaluate, write checkpoints.
 
@@ -133,8 +143,10 @@ class TrainingRun:
             objective: What is minimised.
             held_out: Rows to evaluate on.
             label_smoothing: Of the labels of every step; evaluations are never smoothed.
-            kl: Coefficient of the mean KL(π_ref ‖ π) over scored tokens. For objectives that are means over tokens.
+            kl: Coefficient of the mean KL(π_ref ‖ π) over the scored tokens of a step's answers.
             kl_reference: The reference. Absent: the policy with its adapter switched off.
+            rehearsal: Weight of the mean −log p over the tokens of a step's rehearsed rows, beside the objective, which
+                is of the stage's own rows then. Absent: the objective is of all rows alike.
 
         Raises:
             Interrupted: on SIGTERM, once a checkpoint is committed.
@@ -142,6 +154,7 @@ class TrainingRun:
                 held out.
         """
         self._label_smoothing, self._kl, self._kl_reference = label_smoothing, kl, kl_reference
+        self._rehearsal = rehearsal
         if kl and kl_reference is None and (odd := [name for name in self.trainables if ".lora_" not in name]):
             raise InputError(
                 f"kl: {odd[0]} is trained beside the adapter, so that switching the adapter off does not give the "
@@ -206,46 +219,17 @@ class TrainingRun:
         return self.state.step
 
     def figures(self, counts: Mapping[str, float]) -> dict[str, float]:
-        """Figures at the end, the deciding ones first, because not all of them travel (`METRICS_MAX`): evaluations,
-        means over the last steps, totals.
-
-        Args:
-            counts: What became of rows and weights; they stand before what only tells how the stage went.
-        """
-        recent = self.state.recent
-        # Not every step has every figure: a batch may hold answers of one kind only.
-        found = {name: [item[name] for item in recent if name in item] for item in recent for name in item}
-        means = {name: sum(values) / len(values) for name, values in found.items()}
-        # The figures of a stage are those of the weights that it yields.
-        latest, start, best = self.state.selected or self.state.latest, self.state.start, self.state.best
-        known = {
-            "loss": means.get("loss"),
-            "evalLoss": latest.get("evalLoss"),
-            "evalLossStart": start.get("evalLoss"),
-            "evalRewardAccuracy": latest.get("evalRewardAccuracy"),
-            "evalRewardMargin": latest.get("evalRewardMargin"),
-            "selectedStep": self.state.selected.get("step"),
-            "stoppedEarly": float(bool(self.state.ended)) if self.training.early_stopping is not None else None,
-            "kl": means.get("kl"),
-            **{penalty.name: means.get(penalty.name) for penalty in self.penalties},
-            **counts,
-            "rewardAccuracy": means.get("rewardAccuracy"),
-            "rewardMargin": means.get("rewardMargin"),
-            "steps": float(self.state.step),
-            "plainPath": float(self.state.path == "plain"),
-            "tokensPerSecond": means.get("tokensPerSecond"),
-            "gradientNorm": means.get("gradientNorm"),
-            "epochs": round(self.plan.epoch(self.state.step), 4),
-            "tokens": float(self.state.tokens),
-            "evalLossBest": best.get("evalLoss"),
-            "evalLossBestStep": best.get("step"),
-        }
-        return {name: value for name, value in known.items() if value is not None}
+        """Figures at the end; `counts` is what became of rows and weights."""
+        return closing_figures(self.state, self.plan, self.training, [item.name for item in self.penalties], counts)
 
     def _take_step(self, objective: Objective) -> None:
         started, step = time.monotonic(), self.state.step
-        rows = [self.rows[index] for index in self.plan.rows(step)]
-        means = self._accumulate(objective, rows)
+        places = self.plan.rows(step)
+        rows, apart = [self.rows[index] for index in places], self._rehearsal is not None
+        own = [self.rows[index] for index in self.plan.own_rows(step)] if apart else rows
+        means = self._accumulate(objective, own)
+        if len(own) < len(rows):
+            means |= self._rehearse([self.rows[index] for index in places if index >= len(self.plan.row_ids)])
         rate = self.optimizer.learning_rate
         norm = self.optimizer.step(self.ranks, self.penalties)
         finite = math.isfinite(means["loss"]) and math.isfinite(norm)
@@ -298,10 +282,26 @@ class TrainingRun:
                 first = [share[0] for share in shares]
                 objective.look_ahead(rows, FirstBatches(self.scorer, self.ranks, batch, first, tokens))
             found = self._sums(objective, batch, scored)
-            return found["loss"] + self._kl * found.get("kl", 0.0), found
+            if "kl" not in found or not self._kl:
+                return found["loss"], found
+            # Its mean is over tokens, whatever the objective counts.
+            found["kl"] = found["kl"] * (size / answer_tokens)
+            return found["loss"] + self._kl * found["kl"], found
 
         size = sum(objective.size(row) for row in rows) or 1.0
+        answer_tokens = sum(row.weight * scored_tokens(row) for row in rows) or 1.0
         return accumulate(rows, measure, size=size, tokens_per_batch=tokens, ranks=self.ranks)
+
+    def _rehearse(self, rows: Sequence[Encoded]) -> dict[str, float]:
+        """Gradients of the weighted mean −log p over the tokens of a step's rehearsed rows, and that mean."""
+        likelihood, weight = TokenLikelihood(), self._rehearsal or 0.0
+
+        def measure(_number: int, batch: PackedBatch) -> Measured:
+            loss = likelihood.sums(batch, self.scorer(batch))["loss"]
+            return weight * loss, {"rehearsalLoss": loss}
+
+        size = sum(likelihood.size(row) for row in rows) or 1.0
+        return accumulate(rows, measure, size=size, tokens_per_batch=self.training.token_budget, ranks=self.ranks)
 
     def _score(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scores of a micro-batch, with divergences beside them where `kl` asks for them."""
@@ -316,7 +316,10 @@ class TrainingRun:
         """Loss and figures of a scored micro-batch, with `kl` beside them where there are divergences."""
         scores, divergences = scored
         sums = objective.sums(batch, scores)
-        return sums if divergences is None else {**sums, "kl": (token_weights(batch) * divergences).sum()}
+        if divergences is None:
+            return sums
+        weights = token_weights(batch)  # of the answers' tokens; those of contexts come behind them
+        return {**sums, "kl": (weights * divergences[: len(weights)]).sum()}
 
     def _evaluate(self, objective: Objective, rows: Sequence[Encoded]) -> dict[str, float]:
         """Means over held-out rows, under names that begin with `eval`; they become the latest, perhaps the best."""

@@ -29,6 +29,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
+from plumbline_trainer.engine.norms import can_be_one, norm_forward
+
 
 class _LowRankLinear(torch.autograd.Function):
     """y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ with W and b frozen.
@@ -279,9 +281,11 @@ def use_separate_pieces(model: nn.Module) -> None:
 
 def _layers(model: nn.Module) -> Iterator[tuple[Any, Callable[..., Tensor]]]:
     """What is computed in one piece, and how: adapted layers around a plain linear layer (others, such as transposed
-    ones, stay with peft), and gated feed-forward blocks."""
+    ones, stay with peft), gated feed-forward blocks, and norms."""
     for module in model.modules():
         if type(module) is LoraLinear and type(module.base_layer) is nn.Linear:
             yield module, _forward
         elif is_gated(type(module).forward) and not any(module.get_submodule("act_fn").parameters()):
             yield module, _gated_forward
+        elif can_be_one(module):
+            yield module, norm_forward

@@ -13,12 +13,14 @@ from transformers import PreTrainedModel
 from plumbline_trainer.context import StageContext
 from plumbline_trainer.data.encode import Encoded, EncodedRows, Method, encode_rows
 from plumbline_trainer.data.loading import load_rows
+from plumbline_trainer.data.rehearsal import RehearsalRows, load_rehearsal
 from plumbline_trainer.engine.distributed import Ranks
 from plumbline_trainer.engine.fisher import hold_weights
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.schedule import plan_steps
 from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.engine.trained import make_trainable, report_rows
+from plumbline_trainer.errors import InputError
 from plumbline_trainer.models.policy import Policy
 
 
@@ -72,7 +74,9 @@ def open_run(
     seed: int,
     wrap: Callable[[PreTrainedModel], Scorer] | None = None,
 ) -> TrainingRun:
-    """The run over the rows, on the policy with a fresh adapter or all weights to train; nothing is resumed yet.
+    """The run over the rows and those that are rehearsed; nothing is resumed yet.
+
+    It is on the policy with a fresh adapter, or with all weights to train.
 
     Args:
         context: Of the stage.
@@ -82,8 +86,16 @@ def open_run(
         rows: To train on.
         seed: Of every random choice.
         wrap: Makes the scorer around the model. Absent: one that reads the vocabulary's head.
+
+    Raises:
+        InputError: if a dataset to rehearse cannot be read, or leaves too few of the stage's own rows in a step.
     """
     training = parameters.training
+    rehearsal = RehearsalRows()
+    if isinstance(parameters, PolicyStage):
+        rehearsal = load_rehearsal(context, parameters, policy.tokenizer, method="completion")
+        for other in rehearsal.datasets:
+            report_rows(context, other, "rehearsal rows")
     model = make_trainable(policy, parameters.lora, seed, freeze=parameters.freeze)
     scorer = Scorer(model, precision=training.precision) if wrap is None else wrap(model)
     plan = plan_steps(
@@ -92,9 +104,16 @@ def open_run(
         global_batch=training.global_batch,
         epochs=training.epochs,
         max_steps=training.max_steps,
-        least=parameters.least_rows,
+        rehearsal=rehearsal.plan,
+        least=parameters.step_needs,
     )
-    run = TrainingRun(context, ranks, scorer, plan, rows.encoded.rows, training)
+    for step in range(plan.steps if plan.rehearsed else 0):
+        if (own := len(plan.own_rows(step))) < parameters.least_rows:
+            raise InputError(
+                f"rehearsal leaves {own} of the stage's {len(plan.row_ids)} rows in step {step + 1}. "
+                "Raise training.globalBatch, or lower the share"
+            )
+    run = TrainingRun(context, ranks, scorer, plan, rehearsal.behind(rows.encoded.rows), training)
     if isinstance(parameters, PolicyStage):
         hold_weights(run, policy, parameters, seed, method="completion")
     return run

@@ -181,7 +181,7 @@ def _computed(run: TrainingRun, scorer: Scorer, rows: Sequence[Encoded]) -> dict
 def _gap_at_start(run: TrainingRun, references: References) -> float:
     """Largest |log π − log π_ref| of a response over a few rows of the first step."""
     rows: list[Encoded] = []
-    for row in (run.rows[index] for index in run.plan.rows(0)):
+    for row in (run.rows[index] for index in run.plan.own_rows(0)):
         if rows and sum(packed_length(other) for other in [*rows, row]) > CHECK_TOKENS:
             break
         rows.append(row)

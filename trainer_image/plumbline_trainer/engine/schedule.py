@@ -64,6 +64,10 @@ class StepPlan:
         """Epochs done before a step."""
         return step / self.steps_per_epoch
 
+    def own_rows(self, step: int) -> tuple[int, ...]:
+        """Indices of the rows of a step that are the stage's own."""
+        return tuple(row for row in self.rows(step) if row < len(self.row_ids))
+
     def rows(self, step: int) -> tuple[int, ...]:
         """Indices of the rows of a step."""
         epoch, slot = divmod(step, self.steps_per_epoch)
@@ -72,9 +76,9 @@ class StepPlan:
         return order[slot * self.global_batch : None if is_last else (slot + 1) * self.global_batch]
 
     def visited(self) -> tuple[int, ...]:
-        """Indices of all rows that some step takes, in order."""
-        if self.rehearsed or self.steps <= self.steps_per_epoch:
-            return tuple(sorted({row for step in range(self.steps) for row in self.rows(step)}))
+        """Indices of the stage's own rows that some step takes, in order."""
+        if self.steps <= self.steps_per_epoch:
+            return tuple(sorted({row for step in range(self.steps) for row in self.own_rows(step)}))
         return tuple(range(len(self.row_ids)))
 
 

@@ -83,7 +83,7 @@ def estimate(
             rehearsal=[
                 (_names(other, training.max_length), part) for other, part in zip(rehearsed, shares, strict=True)
             ],
-            least=parameters.least_rows,
+            least=parameters.step_needs,
         )
         steps = plan.steps if training.range_test is None else training.range_test.steps
         taken = steps * training.global_batch

@@ -12,6 +12,7 @@ from plumbline_trainer.data.loading import load_scored_rows
 from plumbline_trainer.engine.distributed import joined_ranks
 from plumbline_trainer.engine.preference_run import PreferenceRows, open_run
 from plumbline_trainer.engine.recomputation import recomputes
+from plumbline_trainer.engine.reference_pass import kl_reference
 from plumbline_trainer.engine.scorer import prepare_modes
 from plumbline_trainer.engine.trained import load_start, report_rows, save_policy, stage_parameters
 from plumbline_trainer.engine.weighted import WeightedAnswers, weigh_answers
@@ -38,10 +39,17 @@ def run(context: StageContext) -> StageOutput | None:
         rows = PreferenceRows(dataclasses.replace(encoded, rows=weighed.rows), weighed.held_out)
         run = open_run(context, ranks, policy, parameters, rows, seed)
         run.resume()
-        prepare_modes(run.scorer, adapter_dropout=False, gradient_checkpointing=recomputes(run))
+        reference = kl_reference(run, policy)
+        prepare_modes(run.scorer, adapter_dropout=False, gradient_checkpointing=recomputes(run, reference))
 
         # Loop
-        run.train(WeightedAnswers(clip=parameters.weight_clip), weighed.held_out)
+        run.train(
+            WeightedAnswers(clip=parameters.weight_clip),
+            weighed.held_out,
+            kl=parameters.kl_coefficient,
+            kl_reference=reference,
+            rehearsal=parameters.rehearsed_weight,
+        )
 
         # Save and report
         output = save_policy(context, run, policy, parameters.lora, encoded)

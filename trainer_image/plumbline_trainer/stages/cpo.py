@@ -9,6 +9,7 @@ from plumbline_trainer.engine.distributed import joined_ranks
 from plumbline_trainer.engine.preference import cpo_objective
 from plumbline_trainer.engine.preference_run import load_preferences, open_run
 from plumbline_trainer.engine.recomputation import recomputes
+from plumbline_trainer.engine.reference_pass import kl_reference
 from plumbline_trainer.engine.scorer import prepare_modes
 from plumbline_trainer.engine.trained import load_start, save_policy, stage_parameters
 
@@ -24,10 +25,17 @@ def run(context: StageContext) -> StageOutput | None:
         # Build
         run = open_run(context, ranks, policy, parameters, rows, seed)
         run.resume()
-        prepare_modes(run.scorer, adapter_dropout=False, gradient_checkpointing=recomputes(run))
+        reference = kl_reference(run, policy)
+        prepare_modes(run.scorer, adapter_dropout=False, gradient_checkpointing=recomputes(run, reference))
 
         # Loop
-        run.train(cpo_objective(parameters), rows.held_out)
+        run.train(
+            cpo_objective(parameters),
+            rows.held_out,
+            kl=parameters.kl_coefficient,
+            kl_reference=reference,
+            rehearsal=parameters.rehearsed_weight,
+        )
 
         # Save and report
         return save_policy(context, run, policy, parameters.lora, rows.encoded)

@@ -30,7 +30,7 @@ def run(context: StageContext) -> StageOutput | None:
         prepare_modes(run.scorer, adapter_dropout=False, gradient_checkpointing=recomputes(run))
 
         # Loop
-        run.train(dpo_objective(parameters, references), rows.held_out)
+        run.train(dpo_objective(parameters, references), rows.held_out, rehearsal=parameters.rehearsed_weight)
 
         # Save and report
         return save_policy(context, run, policy, parameters.lora, rows.encoded)

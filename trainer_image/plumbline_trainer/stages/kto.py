@@ -54,7 +54,7 @@ def run(context: StageContext) -> StageOutput | None:
         # Build
         run = open_run(context, ranks, policy, parameters, rows, seed)
         # The run's own plan: a range test takes other steps than the epochs say.
-        steps = [[encoded.rows[index] for index in run.plan.rows(step)] for step in range(run.plan.steps)]
+        steps = [[encoded.rows[index] for index in run.plan.own_rows(step)] for step in range(run.plan.steps)]
         longest = training.max_length
         mismatched = [row for some in (*steps, held_out) if some for row in mismatched_rows(some, longest)]
         # The model's weights are still those it starts from: only now does a resumed run take up its own.
@@ -71,7 +71,7 @@ def run(context: StageContext) -> StageOutput | None:
             precision=training.precision,
             ranks=ranks,
         )
-        run.train(DesirableAnswers(references, score, parameters), held_out)
+        run.train(DesirableAnswers(references, score, parameters), held_out, rehearsal=parameters.rehearsed_weight)
 
         # Save and report
         return save_policy(context, run, policy, parameters.lora, encoded)

@@ -68,7 +68,7 @@ def run(context: StageContext) -> StageOutput | None:
             TokenLikelihood(),
             held_out,
             label_smoothing=parameters.label_smoothing or 0.0,
-            kl=0.0 if parameters.kl is None else parameters.kl.coefficient,
+            kl=parameters.kl_coefficient,
             kl_reference=reference,
         )
 
