@@ -119,18 +119,27 @@ def test_rows_do_not_see_each_other(style: Style) -> None:
 def test_long_responses_segment_by_segment(prompt: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from plumbline_trainer.engine import attention
 
-    calls: list[int] = []
-    real = attention._attend_by_segment
+    pieces: list[int] = []
+    real = attention.joined_attention
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        return real(*args, **kwargs)
+    def counted(query: Any, key: Any, value: Any, given: Any, scaling: Any) -> Any:
+        pieces.append(len(given))
+        return real(query, key, value, given, scaling)
 
-    monkeypatch.setattr(attention, "_attend_by_segment", counted)
+    monkeypatch.setattr(attention, "joined_attention", counted)
     rng = random.Random(1)
     rows = [make_pair(rng, prompt, 190, 210), make_pair(rng, prompt, 3, 2)]
     assert_same(adapted_model("llama"), rows)
-    assert len(calls) == 2, "one call per layer, for the long row only"
+    assert pieces == [4 if prompt else 3] * 2, "in each layer the long row's segments, and the short row whole"
+
+
+def test_long_responses_segment_by_segment_where_nothing_is_trained() -> None:
+    rng = random.Random(1)
+    batch = pack([make_pair(rng, 25, 190, 210), make_pair(rng, 25, 3, 2)])
+    model = adapted_model("llama")
+    with torch.no_grad():
+        found = Scorer(model)(batch)
+    torch.testing.assert_close(found, Scorer(model, path="plain")(batch).detach(), rtol=0, atol=1e-5)
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
@@ -198,6 +207,7 @@ class TestChoosingThePath:
                 query, key, value, is_causal=True, enable_gqa=True
             ).transpose(1, 2)
 
+        monkeypatch.setattr(attention, "can_join", lambda *_: False)
         monkeypatch.setattr(attention, "_attend", leaky)  # the second response sees the first
         choice = self.choose(adapted_model("llama"))
         assert choice.path == "plain"

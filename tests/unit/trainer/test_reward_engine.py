@@ -96,6 +96,7 @@ class TestPaths:
                 query, key, value, is_causal=True, enable_gqa=True
             ).transpose(1, 2)
 
+        monkeypatch.setattr(attention, "can_join", lambda *_: False)
         monkeypatch.setattr(attention, "_attend", leaky)  # the second answer sees the first
         scorer = scorer_of()
         rows = [make_ranked(random.Random(n), 12, [6, 9]) for n in range(4)]

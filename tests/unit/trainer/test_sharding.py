@@ -205,6 +205,7 @@ def test_a_fast_path_that_fails_half_way_leaves_a_sharded_model_usable(
     def fail(*_args: Any, **_more: Any) -> Any:
         raise FastPathError("not this model")
 
+    monkeypatch.setattr(attention, "can_join", lambda *_: False)
     monkeypatch.setattr(attention, "_attend", fail)
     outcomes = []
     for processes in (1, 2):

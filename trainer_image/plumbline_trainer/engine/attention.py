@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from plumbline_trainer.engine.segments import Block, SegmentPlan
+from plumbline_trainer.engine.joined import Piece, can_join, joined_attention
+from plumbline_trainer.engine.segments import Block, Segment, SegmentPlan
 
 SEGMENTS = "plumbline_segments"
 """Name under which the attention is registered; transformers builds no mask of its own for it."""
@@ -74,6 +75,9 @@ def segment_attention(
         raise FastPathError(f"{type(module).__name__} attends over a sequence of another length")
     if segment_plan.keeps is not None:
         segment_plan.keeps.keep(module, key, value)
+    pieces = _pieces(segment_plan, sliding_window, query) if softcap is None else None
+    if pieces is not None and can_join(query, key, value):
+        return joined_attention(query, key, value, pieces, scaling), None
     lengths = segment_plan.lengths
     outputs = [
         _attend(
@@ -95,6 +99,45 @@ def segment_attention(
     ]
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return joined, None
+
+
+def _pieces(plan: SegmentPlan, window: int | None, query: Tensor) -> list[Piece] | None:
+    """Who sees what in the whole sequence; None where something stands before it, which only the other way takes."""
+    if plan.behind is not None:
+        return None
+    found = []
+    for block in plan.blocks:
+        tokens = range(block.start, block.start + block.length)
+        windowed = window is not None and window < block.length
+        if not windowed and _goes_by_segment(block):
+            found += [
+                Piece(
+                    queries=segment.queries,
+                    keys=(segment.context, segment.queries) if segment.context else (segment.queries,),
+                    mask=_segment_mask(plan, segment, query),
+                )
+                for segment in block.segments
+                if segment.queries
+            ]
+        else:
+            mask = None
+            if windowed or not block.is_causal:
+                mask = plan.mask(block, window=window if windowed else None, dtype=query.dtype, device=query.device)
+            found.append(Piece(queries=tokens, keys=(tokens,), mask=mask))
+    return found
+
+
+def _goes_by_segment(block: Block) -> bool:
+    return not block.is_causal and not block.past and wasted_scores(block) > WASTE_MAX
+
+
+def _segment_mask(plan: SegmentPlan, segment: Segment, query: Tensor) -> Tensor | None:
+    """Of a response behind its prompt: SDPA aligns a causal mask with the first key. None for what stands alone."""
+    if not segment.context:
+        return None
+    size = len(segment.queries)
+    part = Block(start=0, prompt=len(segment.context), responses=(size,))
+    return plan.mask(part, window=None, dtype=query.dtype, device=query.device)[-size:]
 
 
 def _with_past(module: nn.Module, key: Tensor, value: Tensor, block: Block, plan: SegmentPlan) -> tuple[Tensor, Tensor]:
@@ -119,8 +162,7 @@ def _attend(
 ) -> Tensor:
     """Attention of one block: [1, heads, L, d] over [1, key heads, past + L, d] … → [1, L, heads, d]."""
     windowed = window is not None and window < len(block.past) + block.length
-    by_segment = not block.is_causal and not block.past and wasted_scores(block) > WASTE_MAX
-    if softcap is None and not windowed and by_segment:
+    if softcap is None and not windowed and _goes_by_segment(block):
         return _attend_by_segment(query, key, value, block, plan, scaling=scaling)
     mask: Tensor | None = None
     if softcap is not None or windowed or not block.is_causal:
@@ -155,16 +197,12 @@ def _attend_by_segment(
     sizes = [block.prompt, *block.responses]
     queries, keys, values = (torch.split(tensor, sizes, 2) for tensor in (query, key, value))
     outputs = []
-    for index, size in enumerate(sizes):
-        if size == 0:
+    for index, segment in enumerate(block.segments):
+        if not segment.queries:
             continue
-        alone = index == 0 or block.prompt == 0
-        part = Block(start=0, prompt=0 if alone else block.prompt, responses=(size,))
-        k = keys[index] if alone else torch.cat([keys[0], keys[index]], 2)
-        v = values[index] if alone else torch.cat([values[0], values[index]], 2)
-        # SDPA aligns a causal mask with the first key; behind a prompt it has to be given.
-        mask = None if alone else plan.mask(part, window=None, dtype=query.dtype, device=query.device)[-size:]
-        outputs.append(_fused(queries[index], k, v, mask, scaling=scaling))
+        k = torch.cat([keys[0], keys[index]], 2) if segment.context else keys[index]
+        v = torch.cat([values[0], values[index]], 2) if segment.context else values[index]
+        outputs.append(_fused(queries[index], k, v, _segment_mask(plan, segment, query), scaling=scaling))
     return torch.cat(outputs, dim=1)
 
 

@@ -74,7 +74,9 @@ class _GatedLinear(torch.autograd.Function):
         b: Tensor | None,
         scale: float,
     ) -> Tensor:
-        product = activation(gate) * up
+        product = activation(gate)
+        # Written over where it is memory of its own: an activation may also hand back what it was given.
+        product = product * up if product.data_ptr() == gate.data_ptr() else product.mul_(up)
         y = F.linear(product, weight, bias)
         inner = None
         if a is not None and b is not None:
@@ -92,13 +94,14 @@ class _GatedLinear(torch.autograd.Function):
         (gradient,) = upstream
         to_product, to_a, to_b = gradient @ weight, None, None
         with torch.enable_grad():
-            gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
-            product = ctx.activation(gate) * up
+            gate = gate.detach().requires_grad_()
+            activated = ctx.activation(gate)
         if inner is not None:
             at_inner = (gradient @ b).mul_(ctx.scale)
             to_product.addmm_(at_inner, a)
-            to_a, to_b = at_inner.t() @ product.detach(), (gradient.t() @ inner).mul_(ctx.scale)
-        to_gate, to_up = torch.autograd.grad(product, (gate, up), to_product)
+            to_a, to_b = at_inner.t() @ (activated.detach() * up), (gradient.t() @ inner).mul_(ctx.scale)
+        to_up = to_product * activated.detach()
+        (to_gate,) = torch.autograd.grad(activated, gate, to_product.mul_(up))
         return to_gate, to_up, None, None, None, to_a, to_b, None
 
 
