@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 for name in ("tests", "trainer_image", "operator"):
     sys.path.insert(0, str(ROOT / name))
 
-from bench import page, parts_table, trainer_table  # noqa: E402  (the folders above are on the path only now)
+from bench import aims_table, page, parts_table, trainer_table  # noqa: E402  (the folders above are on the path only now)
 from bench.measured import Measured, Task  # noqa: E402
 from bench.online_rows import online_operations, online_shape  # noqa: E402
 from bench.trainer_rows import METHODS, ONLINE_METHODS, PROFILES  # noqa: E402
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     """Measure what was asked for and publish it."""
     options = _options().parse_args(arguments)
     if options.table:
-        page.replace("trainer", trainer_table.section(trainer_table.read()))
+        _publish(trainer_table.read())
         if known := parts_table.read():
             page.replace("parts", parts_table.section(known))
         return 0
@@ -65,8 +65,13 @@ def main(arguments: Sequence[str]) -> int:
             sys.stdout.write(text + "\n")
             if not options.dry:
                 trainer_table.write(cases)
-                page.replace("trainer", text)
+                _publish(cases)
     return 0
+
+
+def _publish(cases: dict[str, Case]) -> None:
+    page.replace("trainer", trainer_table.section(cases))
+    page.replace("aims", aims_table.section(cases))
 
 
 def _options() -> argparse.ArgumentParser:

@@ -12,17 +12,34 @@ import psutil
 import pytest
 import torch
 from bench import products
-from bench.measured import Clock, Task
+from bench.aims_table import row_of as aims_row
+from bench.measured import Clock, Measured, Task
 from bench.online_rows import online_operations, online_shape
 from bench.parts import StepParts, parts_of
 from bench.parts_table import row_of as parts_row
 from bench.quickstart import PeakMemory, stage_seconds
 from bench.trainer_rows import Shape, shape_of
+from bench.trainer_table import Case
 from bench.transfer import require_equal, row_of
 from plumbline_api.training import Lora
 from plumbline_trainer.models.adapters import attach_lora
 from plumbline_trainer.models.loading import load_base
 from support.tiny import save_model
+
+
+def test_an_aim_is_met_or_missed() -> None:
+    def run(speed: float, peak: int, operations: float) -> Measured:
+        return Measured(speed, 0.0, 0.0, [1.0], peak * 2**20, 500 * 2**20, operations, [])
+
+    task = Task("", "dpo", "even", "model", 8, 8, 512, 1, "float32", 2, 1)
+    runs = {"ours": [run(2.0, 900, 10.0)], "trl": [run(1.0, 2000, 25.0)]}
+    row = aims_row("dpo", Case(task, runs, "2026-11-26", 1.0, "a machine"))
+    assert row["× best"] == "2.00"
+    assert row["aim"] == "≥ 2.5: **missed**"
+    assert (row["FLOP bound"], row["share of the bound"]) == ("2.50", "0.80")
+    assert row["memory aim"] == "≤ 0.45: met"
+    assert row["imports and weights, of ours (MiB)"] == "500 of 900"
+    assert row["memory ÷ best with nothing else"] == "0.25"
 
 
 def test_seconds_of_stages_come_from_the_status() -> None:

@@ -78,8 +78,8 @@ def test_a_mask_of_its_own_is_a_masked_product() -> None:
     given_ = tensors(11)
     mask = torch.zeros(6, 11).masked_fill_(torch.rand(6, 11, generator=torch.Generator().manual_seed(3)) < 0.4, -1e9)
     pieces = [Piece(range(5), (range(5),), None), Piece(range(5, 11), (range(5), range(5, 11)), mask)]
-    found = joined_attention(*given_, pieces, None)
     query, key, value = given_
+    found = joined_attention(query, key, value, pieces, None)
     first = F.scaled_dot_product_attention(
         query[:, :, :5], key[:, :, :5], value[:, :, :5], is_causal=True, enable_gqa=True
     )

@@ -65,6 +65,8 @@ PANELS: dict[str, tuple[Panel, ...]] = {
 def panels_of(stage_type: str, parameters: Mapping[str, Any]) -> tuple[Panel, ...]:
     """The plots of a stage type. A sigmoid of the margin alone starts at ln 2."""
     panels = PANELS.get(stage_type, ())
+    if parameters.get("rehearsal"):
+        panels = (*panels, Panel("Loss per rehearsed token", "rehearsalLoss"))
     plain = parameters.get("loss", "sigmoid") in ("sigmoid", "robust") and not parameters.get("sftWeight")
     if stage_type == "dpo" and plain:
         return (replace(panels[0], reference=math.log(2)), *panels[1:])
