@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from support import tiny
-from support.preflighting import pairs, pipeline, plan_of, preflight
+from support.preflighting import pairs, pipeline, plan_of, preflight, rows
 from support.trainer import LocalPipeline, write_jsonl
 
 
@@ -82,3 +82,17 @@ def test_answers_of_other_rows_are_counted(tmp_path: Path, model: Path) -> None:
     assert code == 0, result.message
     pairs_alone, compared = (item["estimate"]["tokens"] for item in plan_of(made)["stages"])
     assert compared == pytest.approx(2 * pairs_alone, abs=2)
+
+
+@pytest.mark.parametrize("field", ["rehearsal", "ewc"])
+def test_what_is_held_against_forgetting_needs_no_labels(tmp_path: Path, model: Path, field: str) -> None:
+    value: Any = {"dataset": "old"} if field == "ewc" else [{"dataset": "old", "share": 0.25}]
+    old = {"name": "old", "source": write_jsonl(tmp_path / "old.jsonl", rows()), "split": {"evaluation": 0, "test": 0}}
+    write_jsonl(tmp_path / "q.jsonl", thumbs(20, 20))
+    write_jsonl(tmp_path / "p.jsonl", pairs())
+    scored = [{"prompt": f"Say {i}", "completion": f"It is {i}.", "score": float(i)} for i in range(20)]
+    s = {"name": "s", "source": write_jsonl(tmp_path / "s.jsonl", scored), "split": {"evaluation": 0, "test": 0}}
+    shared = {"lora": {"rank": 4}, "training": {"maxLength": 64, "globalBatch": 8}, field: value}
+    stages = [{"name": name, name: {"dataset": data, **shared}} for name, data in (("kto", "q"), ("awr", "s"))]
+    result, code = preflight(pipeline(tmp_path, model, stages, others=(old, s), split={"evaluation": 0.0}))
+    assert code == 0, result.message

@@ -90,12 +90,13 @@ def estimate(
         if training.range_test is None:
             own = rows.sequences(training.max_length)
             taken = min(taken, math.ceil(max(training.epochs, 1 / own) * plan.rows_per_epoch))
-        per_row = _mean_tokens(stage, rows, training.max_length) * (1.0 - sum(shares)) + sum(
+        # The mismatched answers that kto takes its reference point from are as long as the others.
+        passes = 2 if stage.type == "kto" else 1
+        per_row = passes * _mean_tokens(stage, rows, training.max_length) * (1.0 - sum(shares)) + sum(
             share * other.tokens(training.max_length) / other.sequences(training.max_length)
             for other, share in zip(rehearsed, shares, strict=True)
         )
-        # The mismatched answers that kto takes its reference point from are as long as the others.
-        tokens = round(taken * per_row * (2 if stage.type == "kto" else 1))
+        tokens = round(taken * per_row)
         if tokens_per_second is not None and stage.resources.gpus_per_node:
             rate = tokens_per_second * 1e9 / facts.parameters
             gpu_hours = round(tokens / rate / 3600, 4)

@@ -58,7 +58,8 @@ def _check_use(
         )
     if role == "prompts":
         refuse_missing_references(stage, index, found.name, found.format)
-    if stage.type == "kto":
+    # What is rehearsed or held by ewc need not be what the stage compares or weighs.
+    if stage.type == "kto" and role == "dataset":
         if (fault := found.splits[split].labels.one_sided) is not None:
             raise InputError(f'{field_path}: "{found.name}" {fault}')
         for part in ("train", "evaluation"):
@@ -67,7 +68,7 @@ def _check_use(
                     f'{field_path}: "{found.name}" has one row in its {part} split; kto compares rows with '
                     "each other. Add rows, or change datasets[].split"
                 )
-    if stage.type == "awr":
+    if stage.type == "awr" and role == "dataset":
         for part in ("train", "evaluation"):
             if where := found.splits[part].unscored:
                 raise InputError(f'{field_path}: "{found.name}" {unscored(where)}')

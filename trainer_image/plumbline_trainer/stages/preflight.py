@@ -247,7 +247,9 @@ def notes(record: RunRecord, found: Findings) -> list[str]:
                 f"{stage.name} is estimated to need {shown_bytes(need)} per accelerator, which has {shown_bytes(has)}"
                 f"{remedy}"
             )
-        for _, source in dataset_inputs(record, stage) if stage.type == "kto" else ():
+        for role, source in dataset_inputs(record, stage) if stage.type == "kto" else ():
+            if role != "dataset":
+                continue
             parameters = Kto.model_validate(own_parameters(stage.parameters))
             labels = found.datasets[source.name.removeprefix("dataset/")].splits["train"].labels
             if (advice := labels.advice(parameters)) is not None:
