@@ -40,6 +40,8 @@ class Task:
     """Tokens of every sampled answer; none ends before."""
     parts: bool = False
     """Profile the last step, which slows it."""
+    device: str = "cpu"
+    """`cpu` or `cuda`; stages that sample know the former only."""
 
     @property
     def steps(self) -> int:
@@ -87,23 +89,56 @@ class Profiler(Protocol):
         ...
 
 
+class Gauge(Protocol):
+    """Knows the memory that counts, and when work that was handed over is done."""
+
+    def settle(self) -> None:
+        """Wait until everything asked for is computed."""
+
+    def start(self) -> int:
+        """Bytes in use now; from here on the peak counts."""
+        ...
+
+    def peak(self) -> int:
+        """Most bytes in use since the start."""
+        ...
+
+
+class Resident:
+    """The memory of this process, which computes by itself."""
+
+    def settle(self) -> None:
+        """Nothing is handed over."""
+
+    def start(self) -> int:
+        """Resident bytes."""
+        found = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        return found
+
+    def peak(self) -> int:
+        """Resident bytes at most."""
+        return _status("VmHWM")
+
+
 class Clock:
     """Ends of steps, and memory from the moment the model is loaded."""
 
-    def __init__(self, weights: Iterable[Any], task: Task, profiler: Profiler) -> None:
+    def __init__(self, weights: Iterable[Any], task: Task, profiler: Profiler, gauge: Gauge | None = None) -> None:
         """Start, with weights read: they are mapped from their file, and resident once they were touched."""
         self._steps, self._profiler = task.steps, profiler if task.parts else None
         self._parts: dict[str, float] = {}
         for tensor in weights:
             tensor.sum()
         gc.collect()
-        self.base = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        self._gauge = Resident() if gauge is None else gauge
+        self.base = self._gauge.start()
         self.reference = 0.0
         self.marks: list[float] = []
 
     def mark(self) -> None:
         """A step ends here, or the first one begins."""
+        self._gauge.settle()
         if self._profiler is not None and len(self.marks) == self._steps:
             self._parts = self._profiler.end()
         self.marks.append(time.perf_counter())
@@ -115,7 +150,7 @@ class Clock:
         steps = [end - start for start, end in zip(self.marks, self.marks[1:], strict=False)]
         counted = task.rows - task.left_out * task.global_batch
         seconds = self.reference / task.rows + sum(steps[task.left_out :]) / counted
-        peak = _status("VmHWM")
+        peak = self._gauge.peak()
         return Measured(
             1 / seconds,
             tokens / task.rows / seconds,

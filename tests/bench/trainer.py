@@ -41,6 +41,7 @@ SIDES = ("ours", "trl", "trl-default")
 TRL_DEFAULT_BATCH = 8
 MIB = 2**20
 BUNDLED = "bundled://smollm2-135m-instruct"
+OWN_MODELS = {"cpu": BUNDLED, "cuda": "a Llama of 1.1B random weights"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -52,15 +53,17 @@ def main(arguments: Sequence[str]) -> int:
             page.replace("parts", parts_table.section(known))
         return 0
     with tempfile.TemporaryDirectory() as place:
-        model = options.model or _bundled(Path(place) / "model")
+        model = options.model or _own_model(Path(place) / "model", options.device)
         # A profile of sampling would be mostly the profiler's own cost.
-        methods = [name for name in options.methods if not options.parts or name in METHODS]
+        only_given = options.parts or options.device == "cuda"
+        methods = [name for name in options.methods if not only_given or name in METHODS]
         for method, profile in ((method, profile) for method in methods for profile in options.profiles):
             if options.parts:
                 _take_apart(method, profile, str(model), options)
                 continue
             case = _compare(method, profile, str(model), options)
-            cases = {**trainer_table.read(), f"{method}, {profile}": case}
+            beside = "" if options.device == "cpu" else f", {options.device}"
+            cases = {**trainer_table.read(), f"{method}, {profile}{beside}": case}
             text = trainer_table.section(cases)
             sys.stdout.write(text + "\n")
             if not options.dry:
@@ -91,6 +94,9 @@ def _options() -> argparse.ArgumentParser:
         "--sweep", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="device batches tried with trl"
     )
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--device", default="cpu", choices=["cpu", "cuda"], help="cuda: a random model of 1.1B where none is given"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--model", help="a model folder; absent: bundled://smollm2-135m-instruct")
@@ -102,8 +108,12 @@ def _options() -> argparse.ArgumentParser:
     return parser
 
 
-def _bundled(folder: Path) -> Path:
-    """The bundled model as a folder that both sides load."""
+def _own_model(folder: Path, device: str) -> Path:
+    """The bundled model, or on a device one worth its while, as a folder that both sides load."""
+    if device == "cuda":
+        from bench.cuda import make_random
+
+        return make_random(folder)
     from plumbline_trainer.data.sources import bundled_model
     from plumbline_trainer.models.loading import load_base
     from plumbline_trainer.models.saving import save_full
@@ -146,6 +156,7 @@ def _task(method: str, profile: str, model: str, options: argparse.Namespace) ->
         left_out=options.left_out,
         answers=options.answers if method == "grpo" else 1,
         new_tokens=options.new_tokens if method in ONLINE_METHODS else 0,
+        device=options.device,
     )
 
 
@@ -158,12 +169,20 @@ def _compare(method: str, profile: str, model: str, options: argparse.Namespace)
             wanted = replace(task, side=side, batch=best if side == "trl" else task.batch)
             found[side].append(counted(wanted, run_side(wanted)))
     return Case(
-        task=replace(task, side="", model=options.model or BUNDLED, batch=best),
+        task=replace(task, side="", model=options.model or OWN_MODELS[options.device], batch=best),
         runs=found,
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         load=round(os.getloadavg()[2], 1),
-        machine=f"{os.cpu_count()} cores of {_processor()}",
+        machine=_machine(options.device),
     )
+
+
+def _machine(device: str) -> str:
+    if device == "cpu":
+        return f"{os.cpu_count()} cores of {_processor()}"
+    import torch
+
+    return torch.cuda.get_device_name()
 
 
 def counted(task: Task, measured: Measured) -> Measured:

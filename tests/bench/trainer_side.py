@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench.cuda import gauge_of
 from bench.measured import Clock, Measured, Task
 from bench.parts import StepParts
 from bench.trainer_rows import NO_REFERENCE, make_rows, our_operations, shape_of, their_operations
@@ -27,7 +28,6 @@ from plumbline_trainer.engine.objective import row_tokens
 from plumbline_trainer.engine.schedule import plan_steps
 from plumbline_trainer.models.selection import module_names
 
-CPU = torch.device("cpu")
 LORA = Lora(rank=16, alpha=32)
 SEED = 1
 
@@ -79,15 +79,17 @@ def measure_ours(task: Task) -> Measured:
         context.progress.update = lambda *_, metrics=None, **__: (  # type: ignore[method-assign]
             losses.append(metrics["loss"]) if metrics and "loss" in metrics else None
         )
-        policy = load_policy(context, context.input("model"), precision=task.precision, device="cpu")
+        policy = load_policy(context, context.input("model"), precision=task.precision, device=task.device)
         ordered, plan = in_order(task, policy.model.config.get_text_config().vocab_size)
-        clock = Clock(policy.model.parameters(), task, StepParts())
+        clock = Clock(policy.model.parameters(), task, StepParts(), gauge_of(task))
         trainable = make_trainable(policy, LORA, SEED, freeze=None)
         scorer = Scorer(trainable, precision=task.precision)
         if task.method == "rewardModel":
             scorer = ValueScorer(trainable, fresh_heads(trainable, 1, SEED), precision=task.precision)
         by_id = {row.row_id: row for row in ordered}
-        run = TrainingRun(context, Ranks(), scorer, plan, [by_id[name] for name in plan.row_ids], training)
+        run = TrainingRun(
+            context, Ranks(device=task.device), scorer, plan, [by_id[name] for name in plan.row_ids], training
+        )
         started = time.perf_counter()
         objective: Any = RewardRanking() if task.method == "rewardModel" else TokenLikelihood()
         steps = [ordered[at : at + task.global_batch] for at in range(0, len(ordered), task.global_batch)]
@@ -96,7 +98,11 @@ def measure_ours(task: Task) -> Measured:
         elif task.stage == "kto":
             further = [row for step in steps for row in mismatched_rows(step, training.max_length)]
             score = partial(
-                score_rows, scorer, tokens_per_batch=task.tokens_per_batch, device=CPU, precision=task.precision
+                score_rows,
+                scorer,
+                tokens_per_batch=task.tokens_per_batch,
+                device=torch.device(task.device),
+                precision=task.precision,
             )
             settings = Kto.model_validate({"dataset": "rows", "training": training.to_wire()})
             objective = DesirableAnswers(find_references(run, policy, [], further), score, settings)
@@ -133,11 +139,12 @@ def measure_trl(task: Task) -> Measured:
         model = transformers.AutoModelForSequenceClassification.from_pretrained(task.model, dtype=dtype, num_labels=1)
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(task.model, dtype=dtype)
+    model.to(task.device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(task.model)
     ordered, _ = in_order(task, model.config.get_text_config().vocab_size)
     targets = sorted(name for name in module_names(model).linear if name != "score")
     shape_model = model
-    clock = Clock(model.parameters(), task, StepParts())
+    clock = Clock(model.parameters(), task, StepParts(), gauge_of(task))
 
     class Ends(transformers.TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -149,7 +156,7 @@ def measure_trl(task: Task) -> Measured:
     best = task.side == "trl"
     arguments: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(),
-        "use_cpu": True,
+        "use_cpu": task.device == "cpu",
         "bf16": task.precision == "bfloat16",
         "per_device_train_batch_size": task.batch,
         "gradient_accumulation_steps": task.answers_per_step // task.batch,
