@@ -75,9 +75,8 @@ def segment_attention(
         raise FastPathError(f"{type(module).__name__} attends over a sequence of another length")
     if segment_plan.keeps is not None:
         segment_plan.keeps.keep(module, key, value)
-    pieces = _pieces(segment_plan, sliding_window, query) if softcap is None else None
-    if pieces is not None and can_join(query, key, value):
-        return joined_attention(query, key, value, pieces, scaling), None
+    if softcap is None and segment_plan.behind is None and can_join(query, key, value):
+        return joined_attention(query, key, value, _pieces(segment_plan, sliding_window, query), scaling), None
     lengths = segment_plan.lengths
     outputs = [
         _attend(
@@ -101,10 +100,8 @@ def segment_attention(
     return joined, None
 
 
-def _pieces(plan: SegmentPlan, window: int | None, query: Tensor) -> list[Piece] | None:
-    """Who sees what in the whole sequence; None where something stands before it, which only the other way takes."""
-    if plan.behind is not None:
-        return None
+def _pieces(plan: SegmentPlan, window: int | None, query: Tensor) -> list[Piece]:
+    """Who sees what in a sequence before which nothing stands."""
     found = []
     for block in plan.blocks:
         tokens = range(block.start, block.start + block.length)
