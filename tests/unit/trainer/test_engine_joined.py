@@ -15,6 +15,15 @@ from plumbline_trainer.engine.segments import Block, SegmentPlan
 from torch import Tensor, nn
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Any:
+    """Work of microseconds, beside other tests: a second thread would mostly wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def tensors(length: int, heads: int = 4, key_heads: int = 2, width: int = 8) -> list[Tensor]:
     generator = torch.Generator().manual_seed(length)
     shapes = [(1, heads, length, width), (1, key_heads, length, width), (1, key_heads, length, width)]
