@@ -14,8 +14,6 @@ For DoRA peft builds W + s·B·A in every forward pass to take the lengths of it
 from __future__ import annotations
 
 import ast
-import inspect
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
+from plumbline_trainer.engine.forwards import body_of
 from plumbline_trainer.engine.norms import can_be_one, norm_forward
 
 
@@ -246,13 +245,7 @@ GATED = ast.dump(ast.parse("self.down_proj(self.act_fn(self.gate_proj(x)) * self
 @cache
 def is_gated(forward: Callable[..., Any]) -> bool:
     """Whether a module's forward is down_proj(act_fn(gate_proj(x)) · up_proj(x)) and nothing else."""
-    try:
-        (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
-    except (OSError, TypeError, SyntaxError, ValueError):
-        return False
-    if not isinstance(function, ast.FunctionDef) or [item.arg for item in function.args.args] != ["self", "x"]:
-        return False
-    match function.body:
+    match body_of(forward, ["self", "x"]):
         case [ast.Return(value=ast.expr() as value)]:
             return ast.dump(value) == GATED
         case [ast.Assign(targets=[ast.Name(id=name)], value=value), ast.Return(value=ast.Name(id=returned))]:

@@ -8,14 +8,14 @@ g = ∂L/∂y, ∂L/∂x = r·(w ∘ g − x̂·mean(g ∘ y)).
 from __future__ import annotations
 
 import ast
-import inspect
-import textwrap
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from plumbline_trainer.engine.forwards import body_of
 
 SMALLEST = 1e-6
 """Least weight by which an output is divided again: far above where it would lose digits in float32."""
@@ -83,13 +83,5 @@ return self.weight * hidden_states.to(input_dtype)
 @cache
 def is_root_mean_square(forward: Callable[..., Any]) -> bool:
     """Whether a module's forward is the norm of Llama and its relatives and nothing else."""
-    try:
-        (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
-    except (OSError, TypeError, SyntaxError, ValueError):
-        return False
-    if not isinstance(function, ast.FunctionDef) or [item.arg for item in function.args.args] != [
-        "self",
-        "hidden_states",
-    ]:
-        return False
-    return ast.dump(ast.Module(function.body, type_ignores=[])) == _FORWARD
+    body = body_of(forward, ["self", "hidden_states"])
+    return ast.dump(ast.Module(body, type_ignores=[])) == _FORWARD
