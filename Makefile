@@ -13,7 +13,7 @@ UV := $(BIN)/uv --quiet
 CLUSTER := PYTHONPATH=tests $(BIN)/python -m cluster
 export UV_CACHE_DIR ?= $(CACHE)/uv
 export UV_SYSTEM_CERTS ?= 1
-# Every stage is a process of its own: one that may not keep compiled files compiles torch and transformers anew, for 15 s of processor time.
+# Every stage is a process of its own: one that may not keep compiled files compiles torch and transformers anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help quickstart test test-unit check gen image cluster-up cluster-quickstart cluster-down e2e bench bench-trainer rlhf lock format clean

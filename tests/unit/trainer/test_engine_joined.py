@@ -14,14 +14,7 @@ from plumbline_trainer.engine.joined import Piece, can_join, joined_attention
 from plumbline_trainer.engine.segments import Block, SegmentPlan
 from torch import Tensor, nn
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    """Work of microseconds, beside other tests: a second thread would mostly wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tensors(length: int, heads: int = 4, key_heads: int = 2, width: int = 8) -> list[Tensor]:

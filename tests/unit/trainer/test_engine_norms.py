@@ -16,14 +16,7 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    """Work of microseconds, beside other tests: a second thread would mostly wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def norm_of(width: int = 16, seed: int = 0) -> LlamaRMSNorm:
