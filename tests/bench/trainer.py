@@ -109,7 +109,8 @@ def _options() -> argparse.ArgumentParser:
 
 
 def _own_model(folder: Path, device: str) -> Path:
-    """The bundled model, or on a device one worth its while, as a folder that both sides load."""
+    """The bundled model in bfloat16, as its authors publish it, or on a device one worth its while, as a folder that
+    both sides load in the precision that is measured."""
     if device == "cuda":
         from bench.cuda import make_random
 
@@ -118,8 +119,8 @@ def _own_model(folder: Path, device: str) -> Path:
     from plumbline_trainer.models.loading import load_base
     from plumbline_trainer.models.saving import save_full
 
-    model, tokenizer = load_base(bundled_model(BUNDLED), "float32")
-    save_full(model, tokenizer, folder, "float32")
+    model, tokenizer = load_base(bundled_model(BUNDLED), "bfloat16")
+    save_full(model, tokenizer, folder, "bfloat16")
     return folder
 
 

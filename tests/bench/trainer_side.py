@@ -21,7 +21,7 @@ from bench.cuda import gauge_of
 from bench.measured import Clock, Measured, Task
 from bench.parts import StepParts
 from bench.trainer_rows import NO_REFERENCE, make_rows, our_operations, shape_of, their_operations
-from plumbline_api.methods import Dpo, Kto
+from plumbline_api.methods import TRAINING_STAGES, Dpo, Kto
 from plumbline_api.training import Lora, Training
 from plumbline_trainer.data.encode import Encoded
 from plumbline_trainer.engine.objective import row_tokens
@@ -69,6 +69,7 @@ def measure_ours(task: Task) -> Measured:
     from plumbline_trainer.engine.trained import make_trainable
     from plumbline_trainer.engine.unpaired import DesirableAnswers, mismatched_rows
     from plumbline_trainer.engine.values import ValueScorer, fresh_heads
+    from plumbline_trainer.models.dtypes import holds_stored
     from plumbline_trainer.models.policy import load_policy
     from support.trainer import base_model, stage_context, stage_run
 
@@ -79,7 +80,10 @@ def measure_ours(task: Task) -> Measured:
         context.progress.update = lambda *_, metrics=None, **__: (  # type: ignore[method-assign]
             losses.append(metrics["loss"]) if metrics and "loss" in metrics else None
         )
-        policy = load_policy(context, context.input("model"), precision=task.precision, device=task.device)
+        parameters = TRAINING_STAGES[task.stage].model_validate({"dataset": "rows", "lora": LORA, "training": training})
+        stored = holds_stored(parameters, device=task.device)
+        start = context.input("model")
+        policy = load_policy(context, start, precision=task.precision, device=task.device, stored=stored)
         ordered, plan = in_order(task, policy.model.config.get_text_config().vocab_size)
         clock = Clock(policy.model.parameters(), task, StepParts(), gauge_of(task))
         trainable = make_trainable(policy, LORA, SEED, freeze=None)

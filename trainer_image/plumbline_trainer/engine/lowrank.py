@@ -7,6 +7,8 @@ Where the last linear layer of a gated feed-forward block, y = down(act(gate) �
 its input is not kept for the backward pass but computed again from gate and up, which are kept once: two tensors of the
 block's inner width instead of four, the largest that a layer keeps.
 
+Weights may be narrower than what they are multiplied with (`models.stored_linear`).
+
 For DoRA peft builds W + s·B·A in every forward pass to take the lengths of its rows. Here they come from the factors:
 ‖w + s·b·A‖² = ‖w‖² + 2s·b·(A·w) + s²·b·(A·Aᵀ)·bᵀ for a row w of W and b of B; nothing of the size of W is written.
 """
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 
 from plumbline_trainer.engine.forwards import body_of
 from plumbline_trainer.engine.norms import can_be_one, norm_forward
+from plumbline_trainer.models.stored_linear import fits_widened, widened
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -42,7 +45,7 @@ class _LowRankLinear(torch.autograd.Function):
         inner = x @ a.t()
         ctx.save_for_backward(x, inner, weight, a, b)
         ctx.scale = scale
-        return F.linear(x, weight, bias).addmm_(inner, b.t(), alpha=scale)
+        return F.linear(x, widened(weight, x), bias).addmm_(inner, b.t(), alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
@@ -51,7 +54,7 @@ class _LowRankLinear(torch.autograd.Function):
         at_inner = (gradient @ b).mul_(ctx.scale)
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = (gradient @ weight).addmm_(at_inner, a)
+            to_x = (gradient @ widened(weight, gradient)).addmm_(at_inner, a)
         return to_x, None, None, at_inner.t() @ x, (gradient.t() @ inner).mul_(ctx.scale), None
 
 
@@ -76,7 +79,7 @@ class _GatedLinear(torch.autograd.Function):
         product = activation(gate)
         # Written over where it is memory of its own: an activation may also hand back what it was given.
         product = product * up if product.data_ptr() == gate.data_ptr() else product.mul_(up)
-        y = F.linear(product, weight, bias)
+        y = F.linear(product, widened(weight, product), bias)
         inner = None
         if a is not None and b is not None:
             inner = product @ a.t()
@@ -91,7 +94,7 @@ class _GatedLinear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, None, None, None, Tensor | None, Tensor | None, None]:
         gate, up, inner, weight, a, b = ctx.saved_tensors
         (gradient,) = upstream
-        to_product, to_a, to_b = gradient @ weight, None, None
+        to_product, to_a, to_b = gradient @ widened(weight, gradient), None, None
         with torch.enable_grad():
             gate = gate.detach().requires_grad_()
             activated = ctx.activation(gate)
@@ -124,7 +127,7 @@ class _MagnitudeLinear(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         inner = x @ a.t()
-        y = (x @ weight.t()).addmm_(inner, b.t(), alpha=scale)
+        y = (x @ widened(weight, x).t()).addmm_(inner, b.t(), alpha=scale)
         factor = magnitude / lengths
         y.mul_(factor)
         if bias is not None:
@@ -146,7 +149,7 @@ class _MagnitudeLinear(torch.autograd.Function):
         at_inner = (gradient @ b).mul_(ctx.scale)
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = (gradient @ weight).addmm_(at_inner, a)
+            to_x = (gradient @ widened(weight, gradient)).addmm_(at_inner, a)
         to_b = (gradient.t() @ inner).mul_(ctx.scale)
         return to_x, None, None, at_inner.t() @ x, to_b, to_magnitude, None, None
 
@@ -185,7 +188,8 @@ def _parts(layer: nn.Module, x: Tensor) -> _Parts | None:
     if parts is None or parts.weight.requires_grad or (parts.bias is not None and parts.bias.requires_grad):
         return None
     factors = [factor for factor in (parts.a, parts.b) if factor is not None]
-    return parts if all(x.dtype == tensor.dtype for tensor in (parts.weight, *factors)) else None
+    same = fits_widened(parts.weight, x) and all(x.dtype == factor.dtype for factor in factors)
+    return parts if same else None
 
 
 def _adapted_parts(layer: Any) -> _Parts | None:
@@ -217,7 +221,7 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     weight, bias, a, b, scale = parts.weight, parts.bias, parts.a, parts.b, parts.scale
     if parts.magnitude is not None:
-        lengths = row_lengths(weight, a, b, scale)
+        lengths = row_lengths(widened(weight, a), a, b, scale)
         result = _MagnitudeLinear.apply(flat, weight, bias, a, b, parts.magnitude, lengths, scale)
     else:
         result = _LowRankLinear.apply(flat, weight, bias, a, b, scale)

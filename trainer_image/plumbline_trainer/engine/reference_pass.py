@@ -95,7 +95,8 @@ def _load_reference(run: TrainingRun, policy: Policy, role: str, rows: Sequence[
     item = context.input(role)
     shards = training.sharding == "full" and run.ranks.size > 1
     device = "cpu" if shards else context.device
-    reference = load_policy(context, item, precision=training.precision, device=device)
+    stored = not shards and context.device.type == "cpu" and training.precision == "float32"
+    reference = load_policy(context, item, precision=training.precision, device=device, stored=stored)
     if reference.tokenizer.digest != policy.tokenizer.digest:
         raise InputError(
             f'stage {context.run.stage}: the policy and the reference "{item.name}" have '

@@ -17,6 +17,7 @@ from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.range_test import smoothed, suggest
 from plumbline_trainer.engine.sharding import is_sharded, whole
 from plumbline_trainer.models.adapters import adapter_of, attach_lora, save_adapter
+from plumbline_trainer.models.dtypes import holds_stored
 from plumbline_trainer.models.merging import LOST_PART_WARNING, stored_weights, weights_digest
 from plumbline_trainer.models.policy import Policy, digest_with, load_policy, lost_part_advice, policy_meta
 from plumbline_trainer.models.quantization import quantize
@@ -47,6 +48,7 @@ def load_start(context: StageContext, parameters: TunedStage) -> Policy:
         context.input("model"),
         precision=weights_precision(parameters),
         device="cpu" if waits else context.device,
+        stored=not waits and holds_stored(parameters, device=context.device.type),
     )
 
 

@@ -104,6 +104,7 @@ def load_policy(
     *,
     precision: str,
     device: torch.device | str,
+    stored: bool = False,
     watch: MergeWatch | None = None,
 ) -> Policy:
     """Load the policy that an input names: fetch its chain, verify it, merge every adapter, move to the device.
@@ -114,6 +115,8 @@ def load_policy(
         precision: `float32` or `bfloat16`, type of the weights in memory after merging in their storage type; or
             `chain`, to keep that type.
         device: where the weights go.
+        stored: whether linear layers may hold their weights in the storage type, which changes no number: they widen
+            them to `precision` for each product. Only for weights that stay frozen, or are widened before training.
         watch: told before and after each merge; `merge` measures there.
 
     Raises:
@@ -137,7 +140,7 @@ def load_policy(
     if chain.links:
         _verify(chain.links[-1], digest)
     precision = dtype if precision == "chain" else precision
-    place_weights(model, precision, device)
+    place_weights(model, precision, device, stored=stored)
     return Policy(
         model=model,
         tokenizer=tokenizer,

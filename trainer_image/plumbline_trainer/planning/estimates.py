@@ -19,6 +19,7 @@ from plumbline_api.record import StageRecord, own_parameters
 from plumbline_api.training import TunedStage
 
 from plumbline_trainer.engine.schedule import plan_steps
+from plumbline_trainer.models.dtypes import holds_stored
 from plumbline_trainer.models.selection import ModuleNames, trained_parts
 from plumbline_trainer.planning.datasets import SplitFindings
 from plumbline_trainer.planning.facts import ModelFacts
@@ -66,9 +67,9 @@ def estimate(
         return Estimate(memory=_inference_memory(stage, facts))
     model = TRAINING_STAGES[stage.type]
     parameters = model.model_validate(own_parameters(stage.parameters))
-    training = parameters.training
+    training, device = parameters.training, "cuda" if stage.resources.gpus_per_node else "cpu"
     if isinstance(parameters, OnlineStage):
-        training_memory_of = partial(_training_memory, parameters, facts, names=names, limit=limit)
+        training_memory_of = partial(_training_memory, parameters, facts, names=names, limit=limit, device=device)
         return _online(stage, parameters, facts, rows, tokens_per_second, training_memory_of)
     steps = tokens = gpu_hours = None
     if rows is not None and rows.rows:
@@ -105,7 +106,7 @@ def estimate(
         row = _longest_row(stage, rows, training.max_length)
         # A micro-batch is part of a step, and a row longer than the budget stands alone.
         longest = max(row, min(longest, row * training.global_batch))
-    memory = _training_memory(parameters, facts, longest, names, limit, _parts(stage, parameters))
+    memory = _training_memory(parameters, facts, longest, names, limit, _parts(stage, parameters), device=device)
     return Estimate(steps, tokens, memory, gpu_hours)
 
 
@@ -209,6 +210,8 @@ def _training_memory(
     names: ModuleNames | None,
     limit: int | None,
     parts: int = 1,
+    *,
+    device: str,
 ) -> int:
     """Of one rank; activations are computed again where the stage says so, or where they would not fit otherwise.
 
@@ -217,7 +220,8 @@ def _training_memory(
     """
     training = parameters.training
     width = 2 if training.precision == "bfloat16" else 4
-    weights = _weights(parameters, facts, names)
+    stored = parts == 1 and holds_stored(parameters, device=device)
+    weights = _weights(parameters, facts, names, stored=stored)
     if parts > 1:
         trained = weights.trained if parameters.lora is not None else weights.trained // parts
         weights = replace(weights, frozen=weights.frozen // parts, trained=trained, held=weights.held // parts)
@@ -241,7 +245,7 @@ def _put_together(parameters: TunedStage, facts: ModelFacts, width: int, *, reco
     return round(8 * open_ + (2 * facts.parameters if width == 2 and not recomputed else 0))
 
 
-def _weights(parameters: TunedStage, facts: ModelFacts, names: ModuleNames | None) -> Weights:
+def _weights(parameters: TunedStage, facts: ModelFacts, names: ModuleNames | None, *, stored: bool) -> Weights:
     training, lora, ewc = parameters.training, parameters.lora, getattr(parameters, "ewc", None)
     parts = None if names is None else trained_parts(names, lora, parameters.freeze)
     blocks = facts.layers if parts is None or not names or not names.blocks else parts.blocks
@@ -256,6 +260,9 @@ def _weights(parameters: TunedStage, facts: ModelFacts, names: ModuleNames | Non
         trained = adapter if parts is None else round(adapter * parts.adapted) + parts.whole
         # Four bits and the scale of every 64 weights.
         frozen = facts.parameters * width if lora.quantization is None else round(facts.parameters * 0.56)
+        if stored and facts.storage_dtype == "bfloat16":
+            # All but the embeddings and the head, which may be one with them.
+            frozen -= 2 * max(0, facts.parameters - 2 * facts.vocabulary * facts.hidden)
         copies = 0
     held = copies if training.l2sp is not None else 0
     if ewc is not None:
