@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from support.ranks import run_ranks
 from support.trainer import output_folder
 
-FIGURES = frozenset({"loss", "evalLoss", "gradientNorm", "l2sp", "ewc", "kl"})
+FIGURES = frozenset({"loss", "evalLoss", "gradientNorm", "l2sp", "ewc"})
 """Those that are compared."""
 
 
@@ -44,11 +44,11 @@ def gap(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> fl
     return math.sqrt(sum(float((weights[n] - others[n]).double().square().sum()) for n in weights) / total)
 
 
-def assert_same(one: Outcome, other: Outcome) -> None:
-    """The same figures and weights up to 1e-5."""
+def assert_same(one: Outcome, other: Outcome, *further: str) -> None:
+    """The same figures, with further ones, and weights up to 1e-5."""
     assert len(one.curve) == len(other.curve)
     for first, second in zip(one.curve, other.curve, strict=True):
         assert first.keys() == second.keys()
-        for name in FIGURES & first.keys():
+        for name in FIGURES.union(further) & first.keys():
             assert first[name] == pytest.approx(second[name], rel=1e-5), name
     assert gap(one.weights, other.weights) <= 1e-5
