@@ -87,11 +87,6 @@ class PolicyStage(TrainingStage):
                 "ewc takes gradients of the weights themselves, and lora.quantization leaves none. "
                 "Leave one of the two out, or hold the weights with training.l2sp"
             )
-        if self.ewc is not None and self.training.sharding != "none":
-            raise ValueError(
-                "ewc squares the gradient of every row, and training.sharding sums gradients over ranks before that. "
-                "Leave one of the two out, or hold the weights with training.l2sp"
-            )
         shares = sum(item.share for item in self.rehearsal or ())
         if shares >= 1:
             raise ValueError(
@@ -113,11 +108,6 @@ class KlStage(PolicyStage):
 
     @model_validator(mode="after")
     def _has_reference(self) -> Self:
-        if self.kl is not None and not self.kl.is_start and self.training.sharding != "none":
-            raise ValueError(
-                "kl.reference and kl.baseModel hold another model whole beside the one that training.sharding cuts. "
-                "Leave one of the two out"
-            )
         if self.kl is not None and self.kl.is_start and self.lora is None:
             raise ValueError(
                 "kl compares with the stage's start by switching the adapter off; set lora, name the policy to compare "

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plumbline_api.record import StageRecord
 from plumbline_trainer.data.encode import Method, encode_rows
 from plumbline_trainer.data.loading import load_rows
 from plumbline_trainer.engine.objective import row_tokens
@@ -74,40 +75,71 @@ def test_a_prompt_counts_once_for_all_answers_of_its_row(
     assert found["memoryBytes"] == RUNTIME_BYTES + 16 * facts["parameters"] + activations, "a micro-batch of 8 rows"
 
 
+FACTS = ModelFacts(
+    architecture="M",
+    parameters=8_000_000_000,
+    layers=32,
+    hidden=4096,
+    intermediate=14336,
+    heads=32,
+    key_value_heads=8,
+    head_size=128,
+    vocabulary=128_000,
+    context_length=None,
+    storage_dtype="bfloat16",
+    has_chat_template=True,
+)
+
+
+def whole_and_sharded(folder: Path, model: Path, lora: Any, **fields: Any) -> tuple[StageRecord, StageRecord]:
+    """A stage on eight accelerators."""
+    stage = {"dataset": "q", "training": {"precision": "bfloat16", "gradientCheckpointing": True}, **fields}
+    made = pipeline(folder, model, [{"name": "sft", "sft": stage | ({"lora": lora} if lora else {})}])
+    record = made.record.stage("sft")
+    record = record.model_copy(update={"resources": record.resources.model_copy(update={"gpus_per_node": 8})})
+    sharded = {"training": record.parameters["training"] | {"sharding": "full"}}
+    return record, record.model_copy(update={"parameters": record.parameters | sharded})
+
+
+def memory_of(record: StageRecord) -> int:
+    found = estimate(record, FACTS, None, None).memory
+    assert found is not None
+    return found
+
+
 @pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["full", "lora"])
 def test_shares_of_sharded_weights_are_what_eight_ranks_keep(tmp_path: Path, model: Path, lora: Any) -> None:
     """The more of a model is layers, the nearer its memory comes to an eighth."""
-    facts = ModelFacts(
-        architecture="M",
-        parameters=8_000_000_000,
-        layers=32,
-        hidden=4096,
-        intermediate=14336,
-        heads=32,
-        key_value_heads=8,
-        head_size=128,
-        vocabulary=128_000,
-        context_length=None,
-        storage_dtype="bfloat16",
-        has_chat_template=True,
-    )
-    stage = {"dataset": "q", "training": {"precision": "bfloat16", "gradientCheckpointing": True}}
-    made = pipeline(tmp_path, model, [{"name": "sft", "sft": stage | ({"lora": lora} if lora else {})}])
-    record = made.record.stage("sft")
-    record = record.model_copy(update={"resources": record.resources.model_copy(update={"gpus_per_node": 8})})
-    sharded = record.model_copy(
-        update={"parameters": record.parameters | {"training": record.parameters["training"] | {"sharding": "full"}}}
-    )
+    facts = FACTS
+    record, sharded = whole_and_sharded(tmp_path, model, lora)
     assert can_be_sharded(record)
     assert not can_be_sharded(sharded)
-    whole, part = (estimate(item, facts, None, None).memory for item in (record, sharded))
-    assert whole is not None
-    assert part is not None
+    whole, part = memory_of(record), memory_of(sharded)
     per_weight, held = (2, 2) if lora else (16, 8)
     around = facts.vocabulary * facts.hidden
     layers = 2 * (facts.parameters - around) / facts.layers
     saved = per_weight * facts.parameters * 7 / 8 - held * (around + layers)
     assert whole - part == pytest.approx(saved, abs=2)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["full", "lora"])
+def test_what_holds_a_sharded_policy_is_shared_out_too(tmp_path: Path, model: Path, lora: Any) -> None:
+    """An eighth of a reference, whose head is whole beside that, and of the Fisher diagonal and the copy of the start."""
+    before, bare = (memory_of(item) for item in whole_and_sharded(tmp_path / "bare", model, lora))
+    near = whole_and_sharded(tmp_path / "near", model, lora, kl={"baseModel": True})
+    weights, head = 2 * FACTS.parameters, 2 * FACTS.vocabulary * FACTS.hidden
+    assert memory_of(near[0]) - before == weights
+    assert memory_of(near[1]) - bare == pytest.approx((weights - head) / 8 + head, abs=2)
+
+    held = whole_and_sharded(tmp_path / "held", model, lora, ewc={"dataset": "q"})
+    whole, part = (memory_of(item) for item in held)
+    if lora is None:
+        assert whole - before == 8 * FACTS.parameters
+        assert part - bare == FACTS.parameters
+        return
+    # The peak is at the start: F, and gradients of the frozen weights, none of whose activations are computed again.
+    assert whole - before > (4 + 2) * FACTS.parameters
+    assert FACTS.parameters * 7 / 8 * (2 + 4 + 2) * 0.8 < whole - part < FACTS.parameters * 7 / 8 * (2 + 4 + 2)
 
 
 class TestLengths:

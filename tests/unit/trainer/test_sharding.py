@@ -7,7 +7,6 @@ import math
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,10 @@ from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.engine.sharding import _layers, gathered, is_sharded, own_part, put, sharded_like, whole
 from plumbline_trainer.storage.checkpoints import wait_for_uploads
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from support.outcomes import Outcome, assert_same, outcome_of
 from support.ranks import in_ranks, run_killed_ranks, run_ranks
 from support.tiny import make_model
-from support.trainer import manifest_of, output_folder, output_of
+from support.trainer import manifest_of, output_of
 from support.training_data import training_run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -76,30 +75,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a stage said at each step, and the weights that it yields."""
-
-    curve: list[dict[str, float]]
-    weights: dict[str, torch.Tensor]
-    first_step: int | None = 0
-
-
 def run_of(folder: Path, method: str, lora: Any, **changes: Any) -> StageRun:
     type_, stage = METHODS[method]
     settings = {**SETTINGS, **changes}
     stage = {**stage, **settings.pop("stage", {})}
     form = "ranked" if method == "rrhf" else ""
     return training_run(folder, type_, lora=lora, form=form, stage=stage, **settings)
-
-
-def outcome_of(folder: Path, run: StageRun) -> Outcome:
-    result = run_ranks(folder, run)
-    lines = (folder / "scratch" / "metrics.jsonl").read_text().splitlines()
-    weights: dict[str, torch.Tensor] = {}
-    for path in sorted(output_folder(run).glob("*.safetensors")):
-        weights |= {f"{path.stem}/{name}": tensor for name, tensor in load_file(path).items()}
-    return Outcome([json.loads(line)["metrics"] for line in lines], weights, result.first_step)
 
 
 @pytest.fixture(scope="module")
@@ -115,21 +96,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return known[key]
 
     return found
-
-
-def gap(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
-    assert weights.keys() == others.keys()
-    total = sum(float(tensor.double().square().sum()) for tensor in weights.values())
-    return math.sqrt(sum(float((weights[n] - others[n]).double().square().sum()) for n in weights) / total)
-
-
-def assert_same(one: Outcome, other: Outcome) -> None:
-    assert len(one.curve) == len(other.curve)
-    for first, second in zip(one.curve, other.curve, strict=True):
-        assert first.keys() == second.keys()
-        for name in {"loss", "evalLoss", "gradientNorm", "l2sp"} & first.keys():
-            assert first[name] == pytest.approx(second[name], rel=1e-5), name
-    assert gap(one.weights, other.weights) <= 1e-5
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -386,8 +352,7 @@ def test_rows_are_cut_and_put_together_also_where_a_rank_gets_none() -> None:
 
 def test_what_cannot_be_sharded_is_refused() -> None:
     base: dict[str, Any] = {"dataset": "data", "training": {"sharding": "full"}}
-    with pytest.raises(ValidationError, match="ewc squares the gradient of every row"):
-        TRAINING_STAGES["sft"].model_validate({**base, "ewc": {"dataset": "other"}})
+    TRAINING_STAGES["sft"].model_validate({**base, "ewc": {"dataset": "other"}, "kl": {"baseModel": True}})
     online = {"prompts": "data", "rewards": [{"rule": "length"}], "training": {"sharding": "full"}}
     with pytest.raises(ValidationError, match="sampling needs them whole"):
         Grpo.model_validate(online)

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from plumbline_trainer.engine.sharding import own_part, total
+from plumbline_trainer.engine.distributed import Ranks
+from plumbline_trainer.engine.sharding import is_sharded, own_part, own_rows, total
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.models.adapters import ADAPTER_NAME
 
@@ -45,13 +46,20 @@ class Moved:
 
 @dataclass(frozen=True)
 class LowRank:
-    """An adapter is trained beside a frozen weight: Δ = s·B·A, [out, in]."""
+    """An adapter is trained beside a frozen weight: Δ = s·B·A, [out, in]. Every rank has all of A and B."""
 
     a: nn.Parameter
     """[r, in]"""
     b: nn.Parameter
     """[out, r]"""
     scale: float
+    transposed: bool = False
+    """Whether the weight lies as [in, out], as GPT-2's do."""
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """L and R with s·L·R = Δ as the weight lies: B and A, or Aᵀ and Bᵀ. L has the weight's rows."""
+        return (self.a.t(), self.b.t()) if self.transposed else (self.b, self.a)
 
 
 Displacement = Moved | LowRank
@@ -78,7 +86,10 @@ def displacements(model: nn.Module, trainables: Mapping[str, nn.Parameter]) -> d
                 "embeddings); l2sp and ewc have no meaning there. Use plain LoRA or leave them out"
             )
         pair = LowRank(
-            adapter.lora_A[ADAPTER_NAME].weight, adapter.lora_B[ADAPTER_NAME].weight, adapter.scaling[ADAPTER_NAME]
+            adapter.lora_A[ADAPTER_NAME].weight,
+            adapter.lora_B[ADAPTER_NAME].weight,
+            adapter.scaling[ADAPTER_NAME],
+            transposed=bool(getattr(adapter, "fan_in_fan_out", False)),
         )
         found[f"{name}.weight"] = pair
         factors |= {id(pair.a), id(pair.b)}
@@ -121,36 +132,56 @@ class Ewc:
     """Elastic weight consolidation (Kirkpatrick et al. 2017, eq. 3): ½λ·Σ F·Δ², gradient λ·F∘Δ.
 
     F is the diagonal of the Fisher information at the stage's start, of the weight that Δ changes. With LoRA,
-    G = λ·F∘(s·B·A) is formed one weight at a time: ∂/∂B = s·G·Aᵀ, ∂/∂A = s·Bᵀ·G.
+    G = λ·F∘(s·B·A) is formed one weight at a time: ∂/∂B = s·G·Aᵀ, ∂/∂A = s·Bᵀ·G. Where F is sharded each rank forms
+    its rows of G alone, and what they give for A and B is summed over ranks.
     """
 
     name = "ewc"
 
-    def __init__(self, strength: float, changes: Mapping[str, Displacement], fisher: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        strength: float,
+        changes: Mapping[str, Displacement],
+        fisher: Mapping[str, Tensor],
+        ranks: Ranks | None = None,
+    ) -> None:
         """Prepare.
 
         Args:
             strength: λ.
             changes: What the stage changes, by name.
-            fisher: F by the same names, each in the shape of its Δ.
+            fisher: F by the same names, each as its weight lies, and sharded as that is.
+            ranks: Processes that share what is sharded.
         """
-        self.strength = strength
+        self.strength, self.ranks = strength, ranks or Ranks()
         self.pairs = [(change, fisher[name]) for name, change in changes.items()]
 
     @torch.no_grad()
     def add_gradients(self) -> float:
         """See `Penalty`."""
-        squares: list[Tensor] = []
+        squares: list[tuple[Tensor, Tensor]] = []
+        partial: list[Tensor] = []
+        of_factors: list[tuple[LowRank, Tensor, Tensor]] = []
         for change, fisher in self.pairs:
-            delta = change.delta if isinstance(change, Moved) else change.scale * (change.b @ change.a)
-            slope = fisher * delta
-            squares.append((slope.double() * delta.double()).sum())
             if isinstance(change, Moved):
+                delta = change.delta
+                slope = own_part(fisher) * delta
                 _add(change.weight, slope, self.strength)
             else:
-                _add(change.b, slope @ change.a.t(), self.strength * change.scale)
-                _add(change.a, change.b.t() @ slope, self.strength * change.scale)
-        return 0.5 * self.strength * float(torch.stack(squares).sum())
+                rows, (left, right) = own_rows(fisher), change.factors
+                delta = change.scale * (left[rows] @ right)
+                slope = own_part(fisher) * delta
+                to_left, to_right = torch.zeros_like(left), left[rows].t() @ slope
+                to_left[rows] = slope @ right.t()
+                of_factors.append((change, to_left, to_right))
+                partial += [to_left, to_right] if is_sharded(fisher) else []
+            squares.append(((slope.double() * delta.double()).sum(), fisher))
+        self.ranks.sum_tensors(partial)
+        for change, to_left, to_right in of_factors:
+            to_b, to_a = (to_right.t(), to_left.t()) if change.transposed else (to_left, to_right)
+            _add(change.b, to_b, self.strength * change.scale)
+            _add(change.a, to_a, self.strength * change.scale)
+        return 0.5 * self.strength * total(squares)
 
 
 def _add(parameter: nn.Parameter, gradient: Tensor, factor: float) -> None:

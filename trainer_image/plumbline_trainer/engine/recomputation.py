@@ -109,7 +109,8 @@ def estimated(scorer: Scorer, tokens: int, penalties: Sequence[str], beside: Seq
     )
     # A copy of where trained weights started; with adapters there is none.
     copies = 0 if any(".lora_" in name for name in trainables) else 4 * trained
-    held = {"l2sp": copies, "ewc": copies + 4 * sum(parameter.numel() for parameter in scorer.model.parameters())}
+    weights = sum(own_part(parameter).numel() for parameter in scorer.model.parameters())
+    held = {"l2sp": copies, "ewc": copies + 4 * weights}
     return training_memory(
         sizes_of(scorer.model.config.get_text_config()),
         Weights(

@@ -76,7 +76,9 @@ def kl_reference(run: TrainingRun, policy: Policy) -> Scorer | None:
     """
     if not any(item.role == "kl.reference" for item in run.context.run.inputs):
         return None
-    loaded, scorer = _load_reference(run, policy, "kl.reference", [run.rows[index] for index in run.plan.rows(0)])
+    loaded, scorer = _load_reference(
+        run, policy, "kl.reference", [run.rows[index] for index in run.plan.rows(0)], keeps_head=True
+    )
     sizes = [int(model.config.get_text_config().vocab_size) for model in (policy.model, loaded.model)]
     if sizes[0] != sizes[1]:
         raise InputError(
@@ -89,8 +91,14 @@ def kl_reference(run: TrainingRun, policy: Policy) -> Scorer | None:
     return scorer.requires_grad_(False)
 
 
-def _load_reference(run: TrainingRun, policy: Policy, role: str, rows: Sequence[Encoded]) -> tuple[Policy, Scorer]:
-    """The policy of an input and a scorer around it, with its path chosen."""
+def _load_reference(
+    run: TrainingRun, policy: Policy, role: str, rows: Sequence[Encoded], *, keeps_head: bool = False
+) -> tuple[Policy, Scorer]:
+    """The policy of an input and a scorer around it, with its path chosen; sharded where the run is.
+
+    With `keeps_head` every rank keeps all of its output head: a divergence reads that of the reference while the
+    policy's weights are put together, and where those are trained once more in the backward pass.
+    """
     context, training = run.context, run.training
     item = context.input(role)
     shards = training.sharding == "full" and run.ranks.size > 1
@@ -105,7 +113,8 @@ def _load_reference(run: TrainingRun, policy: Policy, role: str, rows: Sequence[
     scorer = Scorer(reference.model, precision=run.scorer.precision)
     scorer.eval()
     if shards:
-        shard(scorer, run.ranks)
+        head = scorer.model.get_output_embeddings()
+        shard(scorer, run.ranks, kept=list(head.parameters()) if keeps_head and head is not None else ())
     choice = choose_path(scorer, rows, {}, tokens=training.token_budget, ranks=run.ranks)
     scorer.path = choice.path
     level = context.log.info if choice.path == "fast" else context.log.warning

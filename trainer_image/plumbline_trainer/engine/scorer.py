@@ -45,7 +45,7 @@ class Scorer(nn.Module):
     The same batch gives the same numbers on either path, up to rounding.
     """
 
-    entries: ClassVar[tuple[str, ...]] = ("with_divergence", "with_entropy")
+    entries: ClassVar[tuple[str, ...]] = ("distributions", "_with_divergence", "with_entropy")
     """Methods that run the model, beside `forward`: sharded weights are put together around them."""
 
     def __init__(self, model: PreTrainedModel, *, precision: str = "float32", path: Path = "fast") -> None:
@@ -97,20 +97,42 @@ class Scorer(nn.Module):
         """The scores, and KL(π_ref ‖ π) over the vocabulary at every scored token, [N] float32 each.
 
         It takes one more forward pass, of the reference: the same model with its adapter switched off where no other
-        one is given.
+        one is given. Another one takes the same path, and where it is sharded every rank keeps its head whole.
         """
-        other = self if reference is None else reference
+        if reference is None:
+            return self._with_divergence(batch, smoothing)
+        # Before this model's own pass, so that the layers of one model alone are put together at a time.
+        wanted = reference.distributions(batch)
+        return self._with_divergence(batch, smoothing, wanted, reference._head() if self.path == "fast" else None)
+
+    def distributions(self, batch: PackedBatch) -> list[Tensor]:
+        """What divergences are taken from, without gradients.
+
+        On the fast path the outputs of the last layer at the scored tokens, [N, d]; on the plain one log-probabilities
+        [n, V] at the scored tokens of each answer that has some, then of contexts.
+        """
+        return self._distributions(batch)
+
+    def _distributions(self, batch: PackedBatch) -> list[Tensor]:
+        """`distributions`, within a call that has put sharded weights together."""
+        with torch.no_grad(), self._autocast():
+            if self.path == "fast":
+                return [self._hidden(batch, batch.sources)]
+            return [logs for logs, _ in self._plain(batch)]
+
+    def _with_divergence(
+        self, batch: PackedBatch, smoothing: float, wanted: list[Tensor] | None = None, other: Head | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`with_divergence`, given what the reference says, and on the fast path its head; else this model's start."""
         with self._autocast():
             if self.path == "fast":
                 head = self._head()
                 hidden = self._hidden(batch, batch.sources)
-                with torch.no_grad(), self._as_reference(reference):
-                    wanted = other._hidden(batch, batch.sources)
+                (reference,) = self._at_start(batch) if wanted is None else wanted
                 scores = token_log_probabilities(hidden, batch.targets, head, smoothing)
-                return scores, token_divergences(hidden, wanted, head, None if reference is None else other._head())
-            with torch.no_grad(), self._as_reference(reference):
-                wanted_logs = [logs for logs, _ in other._plain(batch)]
-            pairs = list(zip(self._plain(batch), wanted_logs, strict=True))
+                return scores, token_divergences(hidden, reference, head, other)
+            logs_of_reference = self._at_start(batch) if wanted is None else wanted
+            pairs = list(zip(self._plain(batch), logs_of_reference, strict=True))
         if not pairs:
             return torch.zeros(0, device=batch.input_ids.device), torch.zeros(0, device=batch.input_ids.device)
         return (
@@ -118,9 +140,9 @@ class Scorer(nn.Module):
             torch.cat([(other.exp() * (other - logs)).sum(dim=1) for (logs, _), other in pairs]),
         )
 
-    def _as_reference(self, reference: Scorer | None) -> AbstractContextManager[object]:
-        """While the reference computes: another model needs nothing, this one its adapter switched off."""
-        return adapters_disabled(self.model) if reference is None else nullcontext()
+    def _at_start(self, batch: PackedBatch) -> list[Tensor]:
+        with adapters_disabled(self.model):
+            return self._distributions(batch)
 
     @contextmanager
     def at_temperature(self, temperature: float) -> Iterator[None]:

@@ -10,7 +10,8 @@ Nothing here does anything to tensors that are not sharded, so that callers need
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 
 from plumbline_trainer.engine.distributed import Ranks
@@ -28,11 +30,16 @@ if TYPE_CHECKING:
     from plumbline_trainer.engine.scorer import Scorer
 
 
-def shard(scorer: Scorer, ranks: Ranks) -> None:
+def shard(scorer: Scorer, ranks: Ranks, *, kept: Collection[nn.Parameter] = ()) -> None:
     """Share a model's weights out over the ranks, in place; one rank keeps them all.
 
     The model may lie on the CPU: layer by layer it moves to the ranks' device. From now on all ranks must run it
     equally often, and gradients of sharded weights are summed over ranks by every backward pass.
+
+    Args:
+        scorer: Around the model.
+        ranks: They share the weights.
+        kept: Weights around the layers that every rank keeps whole nevertheless.
 
     Raises:
         InputError: if the model has no list of layers, or layers that share weights.
@@ -42,7 +49,7 @@ def shard(scorer: Scorer, ranks: Ranks) -> None:
         return
     layers = _layers(scorer)
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
-    whole = _stays_whole(scorer)
+    whole = _stays_whole(scorer) | set(kept)
     for parameter in whole:
         parameter.data = parameter.data.to(ranks.device)
     for layer in layers:
@@ -90,6 +97,45 @@ def _stays_whole(scorer: Scorer) -> set[nn.Parameter]:
     }
 
 
+class _Exchange(ReduceScatter):
+    """FSDP2's exchange of gradients, which can square them before they are summed."""
+
+    def __init__(self) -> None:
+        self.squares = False
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp | dist.ReduceOp.RedOpType,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        if self.squares:
+            input_tensor.square_()
+        return dist.reduce_scatter_single(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+
+
+@contextmanager
+def squared_before_summing(scorer: Scorer) -> Iterator[None]:
+    """While this is open, a backward pass leaves Σ_ranks g² as the gradient of a sharded weight instead of Σ_ranks g.
+
+    A model must run once before each backward pass: of several runs each one's gradient would be squared alone.
+    """
+    exchange = _Exchange()
+    for module in scorer.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_reduce_scatter(exchange)
+    exchange.squares = True
+    try:
+        yield
+    finally:
+        exchange.squares = False
+
+
 def start_over(scorer: Scorer) -> None:
     """Make a sharded model usable again after a forward pass that failed."""
     if isinstance(scorer, FSDPModule):
@@ -117,15 +163,20 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor()
 
 
+def own_rows(tensor: Tensor) -> slice:
+    """Which rows of a tensor `own_part` has."""
+    if not is_sharded(tensor):
+        return slice(None)
+    mesh = tensor.device_mesh
+    rows = math.ceil(len(tensor) / mesh.size())
+    start = mesh.get_local_rank() * rows
+    return slice(start, start + rows)
+
+
 @torch.no_grad()
 def put(target: Tensor, value: Tensor) -> None:
     """Write a whole value into a tensor; of a sharded one each rank writes its rows."""
-    if is_sharded(target):
-        mesh = target.device_mesh
-        rows = math.ceil(len(value) / mesh.size())
-        start = mesh.get_local_rank() * rows
-        value = value[start : start + rows]
-    own_part(target).copy_(value)
+    own_part(target).copy_(value[own_rows(target)] if is_sharded(target) else value)
 
 
 def sharded_like(part: Tensor, like: Tensor) -> Tensor:

@@ -216,7 +216,7 @@ def _training_memory(
     """Of one rank; activations are computed again where the stage says so, or where they would not fit otherwise.
 
     Where weights are cut into parts, a rank holds one of each, and the embeddings and two blocks whole while they
-    compute; adapters are whole on every rank.
+    compute; adapters and the head of a reference that lies beside the policy are whole on every rank.
     """
     training = parameters.training
     width = 2 if training.precision == "bfloat16" else 4
@@ -224,14 +224,43 @@ def _training_memory(
     weights = _weights(parameters, facts, names, stored=stored)
     if parts > 1:
         trained = weights.trained if parameters.lora is not None else weights.trained // parts
-        weights = replace(weights, frozen=weights.frozen // parts, trained=trained, held=weights.held // parts)
+        held = weights.held // parts
+        if _is_beside(parameters):
+            held += facts.vocabulary * facts.hidden * width * (parts - 1) // parts
+        weights = replace(weights, frozen=weights.frozen // parts, trained=trained, held=held)
     plain, recomputed = (
         training_memory(facts, weights, tokens=tokens, width=width, recomputed=again)
         + (_put_together(parameters, facts, width, recomputed=again) if parts > 1 else 0)
         for again in (False, True)
     )
     chosen = training.gradient_checkpointing
-    return recomputed if chosen or (chosen is None and not fits(plain, limit)) else plain
+    needed = recomputed if chosen or (chosen is None and not fits(plain, limit)) else plain
+    if parameters.lora is not None and getattr(parameters, "ewc", None) is not None:
+        return max(needed, _fisher_memory(parameters, facts, weights, width, parts))
+    return needed
+
+
+def _fisher_memory(parameters: TunedStage, facts: ModelFacts, weights: Weights, width: int, parts: int) -> int:
+    """While the Fisher diagonal of frozen weights is taken: their gradients for one row, and activations are kept.
+
+    Without an adapter moments take the place of these gradients, and more, once training begins.
+    """
+    taken = replace(
+        weights,
+        frozen=weights.frozen + 4 * weights.trained,
+        trained=0,
+        held=(4 + width) * facts.parameters // parts,
+    )
+    row = min(parameters.training.max_length, parameters.training.token_budget)
+    needed = training_memory(facts, taken, tokens=row, width=width, recomputed=False)
+    # Of what is put together the gradients too, before they are summed over ranks.
+    return needed + (2 * _put_together(parameters, facts, width, recomputed=False) if parts > 1 else 0)
+
+
+def _is_beside(parameters: TunedStage) -> bool:
+    """Whether another policy lies in memory as the reference of `kl`."""
+    kl = getattr(parameters, "kl", None)
+    return isinstance(kl, Kl) and not kl.is_start
 
 
 def _put_together(parameters: TunedStage, facts: ModelFacts, width: int, *, recomputed: bool) -> int:
@@ -267,8 +296,7 @@ def _weights(parameters: TunedStage, facts: ModelFacts, names: ModuleNames | Non
     held = copies if training.l2sp is not None else 0
     if ewc is not None:
         held += copies + 4 * facts.parameters
-    kl = getattr(parameters, "kl", None)
-    if isinstance(kl, Kl) and not kl.is_start:
+    if _is_beside(parameters):
         held += facts.parameters * (2 if training.precision == "bfloat16" else 4)
     return Weights(frozen=frozen, trained=trained, blocks=blocks, held=held)
 
