@@ -62,7 +62,8 @@ def hold_as_stored(model: Any) -> list[Tensor]:
     module of the model reads by itself: it may take the weight's type for that of the activations.
     """
     modules = dict(model.named_modules())
-    read = frozenset[str]().union(*(_weights_read(kind) for kind in {type(module) for module in modules.values()}))
+    kinds: set[type] = {type(module) for module in modules.values()}
+    read = frozenset[str]().union(*(_weights_read(kind) for kind in kinds))
     head = model.get_output_embeddings()
     layers: list[Any] = [
         module
