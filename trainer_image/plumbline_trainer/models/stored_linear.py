@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+import threading
 from functools import cache
 from types import MethodType
 from typing import Any
@@ -17,6 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+_room = threading.local()
+"""Where weights of this thread are widened, as large as the largest of them."""
 
 
 class _StoredLinear(torch.autograd.Function):
@@ -38,8 +43,17 @@ class _StoredLinear(torch.autograd.Function):
 
 
 def widened(weight: Tensor, like: Tensor) -> Tensor:
-    """A weight in the type of what it is multiplied with; itself where it has that type."""
-    return weight.to(like.dtype)
+    """A weight in the type of what it is multiplied with; itself where it has that type.
+
+    What comes back holds until the next weight is widened in this thread: all share one piece of memory, because pieces
+    that come and go among activations that stay leave holes which nothing fits.
+    """
+    if weight.dtype == like.dtype:
+        return weight
+    room: Tensor | None = getattr(_room, "tensor", None)
+    if room is None or room.dtype != like.dtype or room.device != weight.device or room.numel() < weight.numel():
+        room = _room.tensor = torch.empty(weight.numel(), dtype=like.dtype, device=weight.device)
+    return room[: weight.numel()].view(weight.shape).copy_(weight)
 
 
 def fits_widened(weight: Tensor, x: Tensor) -> bool:
