@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,14 +65,6 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "rrhf": ("rrhf", {}),
 }
 SHARDED = ["sft", "dpo", "kto", "rewardModel"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
