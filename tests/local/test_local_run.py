@@ -105,7 +105,7 @@ def test_ctrl_c_stops_after_a_checkpoint_and_the_next_call_resumes(example):
     manifest = manifest.replace("epochs: 9", "epochs: 200")
     (example / "stopped.yaml").write_text(manifest)
     command = [sys.executable, "-m", "plumbline_cli.main", "run", "stopped.yaml"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     run = subprocess.Popen(
         command, cwd=example, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 def run(folder: Path) -> tuple[subprocess.CompletedProcess[str], float]:
     command = [sys.executable, "-m", "plumbline_cli.main", "run", "pipeline.yaml"]
     environment = os.environ | {"NO_COLOR": "1"}
+    del environment["OMP_NUM_THREADS"]  # of tests; a user's run takes what there is
     started = time.monotonic()
     ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     return ended, time.monotonic() - started

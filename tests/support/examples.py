@@ -21,11 +21,11 @@ def copy_example(name: str, folder: Path) -> Path:
 
 
 def plumbline(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The command in a folder, its trainers with one thread."""
+    """The command in a folder."""
     return subprocess.run(
         [sys.executable, "-m", "plumbline_cli.main", *arguments],
         cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"},
+        env=os.environ | {"NO_COLOR": "1"},
         capture_output=True,
         text=True,
         timeout=1500,

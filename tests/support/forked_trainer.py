@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-import torch
+import torch  # noqa: F401  # for the forks
 from plumbline_api.stagerun import StageRun
 from plumbline_cli.local.launch import trainer_environment
 from plumbline_cli.local.process import StageProcess
@@ -73,7 +73,6 @@ def _attempt(run: StageRun, environment: dict[str, str], scratch: Path, log: Pat
     for stream in (1, 2):
         os.dup2(output, stream)
     sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1)
-    torch.set_num_threads(1)
     os.chdir(scratch)
     # As it travels to a real trainer.
     run = StageRun.from_json(run.to_json())

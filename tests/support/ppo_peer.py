@@ -120,7 +120,7 @@ def observe(folder: Path, cases: dict[str, Case]) -> dict[str, Observed]:
     for name, case in cases.items():
         _write(folder / name, case)
     environment = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "VIRTUAL_ENV"}}
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    environment |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     command = [str(PYTHON), "-W", "ignore", str(SIDE), *(str(folder / name) for name in cases)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, f"trl's side failed:\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}"

@@ -44,7 +44,6 @@ def in_ranks(size: int, work: Callable[[Ranks], Any], timeout: float = 600) -> l
     results: multiprocessing.Queue[tuple[int, Any]] = context.Queue()
 
     def rank(number: int) -> None:
-        torch.set_num_threads(1)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         with joined_ranks(number, size, torch.device("cpu")) as ranks:
             results.put((number, work(ranks)))
@@ -91,7 +90,6 @@ def _free_port() -> int:
 
 
 def _rank(folder: Path, run: StageRun, rank: int, size: int, port: int, results: object) -> None:
-    torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     context = stage_context(folder, run)
     context.rank, context.local_rank, context.world_size = rank, rank, size

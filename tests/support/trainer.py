@@ -21,7 +21,6 @@ from plumbline_api.resolve import resolve
 from plumbline_api.runtime import RewardEndpoint
 from plumbline_api.stagerun import STAGE_ENV, TERMINATION_LOG_ENV, StageInput, StageResult, StageRun
 from plumbline_api.stages import STAGE_TYPES, yields_of
-from plumbline_trainer.cgroups import available_cpus
 from plumbline_trainer.context import StageContext, StopSignal
 from plumbline_trainer.progress import ProgressReporter
 from plumbline_trainer.storage.manifests import Manifest, read_manifest
@@ -114,7 +113,6 @@ def launch_environment(run: StageRun, folder: Path, **extra: str) -> dict[str, s
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
-        "OMP_NUM_THREADS": str(min(2, available_cpus())),
         "TMPDIR": str(folder),
         STAGE_ENV: run.to_json(),
         TERMINATION_LOG_ENV: str(folder / "termination"),

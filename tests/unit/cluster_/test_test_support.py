@@ -1,4 +1,4 @@
-"""The helpers that other tests lean on: the audit log's reader and the rule about skips."""
+"""What other tests lean on: the audit log's reader, the rule about skips and the one about threads."""
 
 import json
 from pathlib import Path
@@ -96,3 +96,9 @@ def test_an_unannounced_skip_fails_the_run_under_ci_only(
     result = pytester.runpytest_subprocess("-p", "support.skips")
     assert result.ret == 1
     result.stdout.fnmatch_lines(["*under CI they fail the run*", "*test_one*not today*"])
+
+
+def test_tests_compute_on_one_thread() -> None:
+    import torch  # takes seconds
+
+    assert torch.get_num_threads() == 1

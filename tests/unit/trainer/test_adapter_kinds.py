@@ -21,8 +21,6 @@ from plumbline_trainer.models.selection import module_names, select
 from support import tiny
 from support.adapted import KINDS, attach_and_move, lora_of
 
-torch.set_num_threads(1)
-
 
 def rounded_by_hand(values, dtype):
     """Round to nearest even by the definition of the type: significant bits 24 or 8."""

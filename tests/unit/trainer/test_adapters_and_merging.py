@@ -16,8 +16,7 @@ from plumbline_trainer.models.loading import load_base
 from plumbline_trainer.models.saving import save_full
 from plumbline_trainer.models.selection import module_names, select
 from support import tiny
-
-torch.set_num_threads(1)
+from support.threads import computing_on
 
 
 def perturbed_adapter(model, lora, seed):
@@ -85,11 +84,8 @@ def test_merging_does_not_depend_on_threads():
         torch.randn(16, 700, generator=generator), torch.randn(300, 16, generator=generator) * 0.01, 2.0
     )
     alone = merging.merge_delta(weight, delta, torch.float32)
-    torch.set_num_threads(2)
-    try:
+    with computing_on(2):
         assert torch.equal(alone, merging.merge_delta(weight, delta, torch.float32))
-    finally:
-        torch.set_num_threads(1)
 
 
 def test_a_whole_adapter_is_merged_alike_by_any_number_of_threads(tmp_path):
@@ -98,16 +94,13 @@ def test_a_whole_adapter_is_merged_alike_by_any_number_of_threads(tmp_path):
     perturbed_adapter(adapted, Lora(rank=4), 5)
     adapter = adapters.adapter_of(adapted, Lora(rank=4))
     found = []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
+    for threads in (1, 3):
+        with computing_on(threads):
             plain, _ = load_base(source, "float32")
             lost = merging.merge_into(plain, adapter, torch.float32)
             digest = merging.weights_digest(merging.stored_weights(plain).items())
             assert merging.merged_digest(adapted, adapter, torch.float32) == (digest, lost)
             found.append((digest, lost))
-    finally:
-        torch.set_num_threads(1)
     assert found[0] == found[1]
     assert found[0][1].weights == sum(d.b.shape[0] * d.a.shape[1] for d in adapter.deltas.values())
 

@@ -32,14 +32,6 @@ from support.training_data import rows_of, training_run
 LORA = {"rank": 4}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def awr(**fields: Any) -> Awr:
     return Awr.model_validate({"dataset": "data", **fields})
 

@@ -37,14 +37,6 @@ LORA = {"rank": 4}
 WORDS = ("plumb", "line", "wall", "stone")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def answer(number: int, score: float, text: str = "", *, finished: bool = True, gold: float | None = None) -> Response:
     annotations: dict[str, Any] = {"rewards": {"brief": 2 * score}}
     return Response(

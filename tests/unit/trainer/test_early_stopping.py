@@ -29,14 +29,6 @@ from support.training_data import training_run
 from torch import nn
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def watch(
     folder: Path, values: list[float], *, metric: str = "evalLoss", select: bool | None = None, **rule: Any
 ) -> tuple[list[bool], TrainingState, float]:

@@ -14,8 +14,6 @@ from plumbline_trainer.engine.joined import Piece, can_join, joined_attention
 from plumbline_trainer.engine.segments import Block, SegmentPlan
 from torch import Tensor, nn
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def tensors(length: int, heads: int = 4, key_heads: int = 2, width: int = 8) -> list[Tensor]:
     generator = torch.Generator().manual_seed(length)

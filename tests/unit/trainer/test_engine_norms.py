@@ -16,8 +16,6 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def norm_of(width: int = 16, seed: int = 0) -> LlamaRMSNorm:
     norm = LlamaRMSNorm(width, eps=1e-5)

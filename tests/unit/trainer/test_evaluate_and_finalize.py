@@ -20,8 +20,6 @@ from plumbline_trainer.models.loading import load_base
 from plumbline_trainer.report.words import number
 from support import tiny, trainer
 
-torch.set_num_threads(1)
-
 QUESTIONS = [
     {"instruction": f"Name {n} {what}.", "output": f"{what.capitalize()}: {n} of them. That is all."}
     for n in ("two", "three", "four", "five", "six")

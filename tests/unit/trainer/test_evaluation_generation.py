@@ -12,8 +12,6 @@ from plumbline_trainer.rollout.drawing import uniform_draws
 from plumbline_trainer.rollout.interface import Prompt
 from support import tiny
 
-torch.set_num_threads(1)
-
 QUESTIONS = (
     "Name three fruits.",
     "Why?",

@@ -14,7 +14,6 @@ from plumbline_trainer.models.loading import load_base, load_config, load_tokeni
 from plumbline_trainer.models.merging import stored_weights
 from support import tiny
 
-torch.set_num_threads(1)
 NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",

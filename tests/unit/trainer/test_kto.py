@@ -32,14 +32,6 @@ from support.training_data import rows_of, training_run
 LORA = {"rank": 4}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class TestLoss:
     def test_by_hand(self) -> None:
         """r = (2, −1), z = 0.5, β = 0.5: σ(−0.75) · λ_D and σ(0.5·(−1 − 0.5)) = σ(−0.75) · λ_U."""

@@ -7,12 +7,10 @@ of those trained on.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from plumbline_trainer.watch.verdict import MONITORS_FILE
 from support.lookup_task import Learner, learning_run, taught
 from support.trainer import manifest_of, output_folder, output_of, run_in_process
@@ -23,14 +21,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "rloo": {"answers": 8, "miniBatches": 2, "kl": {"coefficient": 0.001}},
 }
 STEPS = {"ppo": 30, "grpo": 45, "rloo": 60}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

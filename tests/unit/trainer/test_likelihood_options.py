@@ -25,14 +25,6 @@ from support.trainer import base_model, manifest_of, output_folder, output_of, r
 from support.training_data import training_run
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def moved_model(style: Any) -> Any:
     """A model whose adapter has left its start."""
     model = attach_lora(make_model(style), Lora(rank=3), seed=1).eval()

@@ -20,7 +20,6 @@ from plumbline_trainer.models.loading import (
 from plumbline_trainer.models.saving import save_full
 from support import tiny
 
-torch.set_num_threads(1)
 CHAT = [{"role": "user", "content": "Name three fruits."}, {"role": "assistant", "content": "Plums."}]
 
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from support import tiny, trainer
 from support.adapted import lora_of
 from support.chains import train_by_hand
+from support.threads import computing_on
 
-torch.set_num_threads(1)
 F64 = torch.float64
 
 
@@ -179,9 +179,8 @@ def test_blocks_and_threads_do_not_change_the_bits(monkeypatch):
     for method in ("linear", "slerp", "ties", "dareLinear", "dareTies"):
         start = base if method not in ("linear", "slerp") else None
         whole = merged(method, models, start, density=0.3)
-        torch.set_num_threads(2)
-        assert torch.equal(merged(method, models, start, density=0.3), whole)
-        torch.set_num_threads(1)
+        with computing_on(2):
+            assert torch.equal(merged(method, models, start, density=0.3), whole)
         if method != "slerp":  # its lengths are sums, whose order the block size is a part of
             with monkeypatch.context() as patch:
                 patch.setattr(combining, "_BLOCK", 100)

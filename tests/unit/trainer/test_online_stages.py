@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,6 @@ EVERYTHING: dict[str, dict[str, Any]] = {
     "rloo": {"answers": 3, "updateEpochs": 2, "missingEndPenalty": 0.5},
     "reinforce": {"answers": 2, "baseline": "group", "scoreClip": 1.0},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def online_run(folder: Path, type_: str, **fields: Any) -> StageRun:

@@ -32,14 +32,6 @@ from support.training_data import training_run
 from torch import nn
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def parameter(*rows: list[float]) -> nn.Parameter:
     found = nn.Parameter(torch.tensor(rows))
     found.grad = torch.zeros_like(found)

@@ -19,8 +19,6 @@ from support import tiny, trainer
 from support.adapted import lora_of
 from support.chains import LORA, train_by_hand
 
-torch.set_num_threads(1)
-
 
 def chain_of_three(folder, loras=(LORA, LORA, LORA), **model):
     base = trainer.base_model(f"file://{tiny.save_model(folder / 'base', **model)}")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from plumbline_api.training import Training
 from plumbline_trainer.engine.loop import TrainingRun
 from plumbline_trainer.engine.range_test import diverges, smoothed, suggest
@@ -18,14 +17,6 @@ from pydantic import ValidationError
 from support.ranks import run_ranks
 from support.trainer import manifest_of, output_folder, run_in_process, stage_context
 from support.training_data import training_run
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_smoothing_by_hand() -> None:

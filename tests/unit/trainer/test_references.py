@@ -32,14 +32,6 @@ LORA = {"rank": 4}
 STAGES = {"dpo": dpo, "kto": kto}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Responses of every pass with the reference."""

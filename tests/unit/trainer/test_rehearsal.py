@@ -28,14 +28,6 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("type_", ["sft", "pretrain"])
 def test_every_step_holds_each_datasets_share(tmp_path: Path, type_: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from plumbline_api.stagerun import StageRun
 from plumbline_trainer.context import StageContext
 from plumbline_trainer.engine.loop import TrainingRun
@@ -71,13 +70,6 @@ class Killed(BaseException):
 
 
 class TestInProcess:
-    @pytest.fixture(autouse=True)
-    def one_thread(self) -> Any:
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        yield
-        torch.set_num_threads(before)
-
     def attempt(
         self, folder: Path, run: StageRun, monkeypatch: pytest.MonkeyPatch, *, die_at: int = -1, stop_at: int = -1
     ) -> tuple[StageContext, Any, list[int]]:
@@ -287,14 +279,14 @@ def test_through_the_launcher(tmp_path: Path, processes: int, type_: str) -> Non
     print(f"killed after step {killed_after}, stopped after step {stopped_after}")
     folder = tmp_path / "killed"
     first = training_run(folder, type_, attempt=1, **settings)
-    process = start_launcher(first, folder / "tmp-1", OMP_NUM_THREADS="1")
+    process = start_launcher(first, folder / "tmp-1")
     wait_for_checkpoint(process, first, folder, killed_after)
     os.killpg(process.pid, signal.SIGKILL)
     output = process.communicate(timeout=60)[0]
     assert last_step_said(output) < total, "it was over before it could be killed"
 
     second = training_run(folder, type_, attempt=2, **settings)
-    process = start_launcher(second, folder / "tmp-2", OMP_NUM_THREADS="1")
+    process = start_launcher(second, folder / "tmp-2")
     wait_for_checkpoint(process, second, folder, stopped_after)
     process.send_signal(signal.SIGTERM)
     stopped = finish_launcher(process, folder / "tmp-2")
@@ -302,7 +294,7 @@ def test_through_the_launcher(tmp_path: Path, processes: int, type_: str) -> Non
     assert stopped.result.outcome == "Stopped"
 
     third = training_run(folder, type_, attempt=3, **settings)
-    ended = launch(third, folder / "tmp-3", OMP_NUM_THREADS="1")
+    ended = launch(third, folder / "tmp-3")
     assert ended.exit_code == 0, ended.output
     assert "resuming from step" in ended.output
     assert ended.result.first_step is not None

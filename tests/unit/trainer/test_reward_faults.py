@@ -28,12 +28,8 @@ REWARDS = [
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoints, "BACKOFF_SECONDS", 0.001)
-    yield
-    torch.set_num_threads(before)
 
 
 class Judge:

@@ -31,14 +31,6 @@ CPU = torch.device("cpu")
 SETTINGS: dict[str, Any] = {"globalBatch": 6, "learningRate": 3e-2, "tokensPerBatch": 512, "maxSteps": 4}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def pinned(run: StageRun) -> StageRun:
     """With the digest of the base model, as preflight pins it."""
     folder = Path(str(run.inputs[0].uri).removeprefix("file://"))

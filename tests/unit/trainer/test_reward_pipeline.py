@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from plumbline_api.layout import pipeline_root
 from plumbline_api.names import FINALIZE
 from plumbline_api.record import fingerprints
@@ -82,10 +80,8 @@ Done = tuple[trainer.LocalPipeline, dict[str, StageResult], Path]
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """The whole pipeline, run once."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("pipeline")
     pipeline = trainer.LocalPipeline(manifest(folder), folder)
     result, code = trainer.run_in_process(folder / "preflight", pipeline.preflight())
@@ -95,8 +91,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
     for stage in STAGES:
         results[stage], code = trainer.run_in_process(folder / stage, pipeline.stage(stage))
         assert code == 0, results[stage].message
-    yield pipeline, results, folder
-    torch.set_num_threads(before)
+    return pipeline, results, folder
 
 
 def documents(pipeline: trainer.LocalPipeline) -> Path:

@@ -84,7 +84,6 @@ def scored(folder: Path, url: str, ranks: Ranks) -> tuple[list[Tensor], dict[str
 
 
 def _rank(folder: Path, url: str, rank: int, port: int, results: Any) -> None:
-    torch.set_num_threads(1)
     CALLS.clear()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     with joined_ranks(rank, 2, torch.device("cpu")) as ranks:
@@ -114,12 +113,9 @@ def url() -> Any:
 
 
 def test_one_rank_and_two_agree(tmp_path: Path, url: str) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     folder = save_model(tmp_path / "model")
     CALLS.clear()
     alone, state, calls = scored(folder, url, Ranks())
-    torch.set_num_threads(before)
     assert calls == 2
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

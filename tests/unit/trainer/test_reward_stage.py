@@ -30,14 +30,6 @@ LORA = {"rank": 4}
 SETTINGS: dict[str, Any] = {"globalBatch": 6, "learningRate": 3e-3, "tokensPerBatch": 512}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def learnable(kind: str, count: int = 90) -> list[dict[str, Any]]:
     """Better answers hold more of the word true; lengths say nothing."""
     rng = random.Random(5)

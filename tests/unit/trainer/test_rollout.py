@@ -19,8 +19,6 @@ from plumbline_trainer.rollout.huggingface import HuggingFaceRollout
 from plumbline_trainer.rollout.interface import Prompt, Sampled
 from support import adapted, tiny
 
-torch.set_num_threads(1)
-
 QUESTIONS = (
     "Name three fruits.",
     "Why?",

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +64,6 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "rrhf": ("rrhf", {}),
 }
 SHARDED = ["sft", "dpo", "kto", "rewardModel"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run_of(folder: Path, method: str, lora: Any, **changes: Any) -> StageRun:

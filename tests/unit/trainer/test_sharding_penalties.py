@@ -32,7 +32,7 @@ from support.trainer import base_model, manifest_of
 from support.training_data import training_run
 from torch import Tensor
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.slow
 
 LORA = {"rank": 4}
 SETTINGS: dict[str, Any] = {

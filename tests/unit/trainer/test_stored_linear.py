@@ -24,8 +24,6 @@ from support.trainer import base_model, stage_context, stage_run
 from support.training_data import training_run
 from torch import nn
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROWS = [make_pair(random.Random(number), 12, 6, 9) for number in range(3)]
 STAGES = {"dpo": dpo, "rewardModel": reward_model, "sft": sft}
 

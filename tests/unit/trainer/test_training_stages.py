@@ -19,14 +19,6 @@ from support.training_data import training_run
 LORA = {"rank": 4}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def weights_of(run: StageRun) -> dict[str, torch.Tensor]:
     return load_file(next(output_folder(run).glob("*.safetensors")))
 
