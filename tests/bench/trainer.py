@@ -41,7 +41,7 @@ SIDES = ("ours", "trl", "trl-default")
 TRL_DEFAULT_BATCH = 8
 MIB = 2**20
 BUNDLED = "bundled://smollm2-135m-instruct"
-OWN_MODELS = {"cpu": BUNDLED, "cuda": "a Llama of 1.1B random weights"}
+OWN_MODELS = {"cpu": f"{BUNDLED} as bfloat16", "cuda": "a Llama of 1.1B random weights"}
 
 
 def main(arguments: Sequence[str]) -> int:

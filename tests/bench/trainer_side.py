@@ -80,7 +80,9 @@ def measure_ours(task: Task) -> Measured:
         context.progress.update = lambda *_, metrics=None, **__: (  # type: ignore[method-assign]
             losses.append(metrics["loss"]) if metrics and "loss" in metrics else None
         )
-        parameters = TRAINING_STAGES[task.stage].model_validate({"dataset": "rows", "lora": LORA, "training": training})
+        parameters = TRAINING_STAGES[task.stage].model_validate(
+            {"dataset": "rows", "lora": LORA, "training": training.to_wire()}
+        )
         stored = holds_stored(parameters, device=task.device)
         start = context.input("model")
         policy = load_policy(context, start, precision=task.precision, device=task.device, stored=stored)

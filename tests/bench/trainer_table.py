@@ -93,7 +93,7 @@ def _row(case: Case) -> dict[str, str]:
         if ours and best
         else "",
         "asked for": f"{task.rows} rows, {task.global_batch} a step, {answers}{task.precision}, tokensPerBatch "
-        f"{task.tokens_per_batch}, {len(ours)} runs" + ("" if task.device == "cpu" else f", {task.model}"),
+        f"{task.tokens_per_batch}, {len(ours)} runs, {task.model}",
         "when": f"{case.date}, load {case.load}, {case.machine}",
     }
     return row
