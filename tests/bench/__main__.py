@@ -39,6 +39,12 @@ PARTS = {
         "tests/bench/products.py",
         "how many times as fast as `F.linear` the decoding loop's linear layers are, medians of alternating rounds",
     ),
+    "widening": (
+        "Products with widened weights",
+        "tests/bench/widening.py",
+        "linear layers that hold bfloat16 weights and widen them for each product, how many times as fast as layers that "
+        "hold float32; medians of alternating rounds",
+    ),
     "quickstart": (
         "Quickstart",
         "tests/bench/quickstart.py",

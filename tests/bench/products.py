@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,41 +26,46 @@ TOKENS = (1, 2, 3, 4, 6, 8, 16, 32, 64, 128)
 APART = 128 * 2**20
 """Bytes of weights that one timing goes through: copies that no cache holds, as a step of decoding goes through all layers."""
 ROUNDS = 15
+Product = Callable[[Tensor], Tensor]
+"""Of some rows and a weight."""
+Side = tuple[Product, Sequence[Tensor]]
+"""A product and the weights that it takes."""
 
 
 def measure(tokens: Sequence[int] = TOKENS, rounds: int = ROUNDS) -> list[dict[str, str]]:
     """A row per number of tokens: how many times as fast as `F.linear`, per weight; medians of alternating rounds."""
     generator = torch.Generator().manual_seed(1)
-    weights = {name: _copies(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
+    weights = {name: copies_of(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
     rows = []
     with torch.no_grad():
         for count in tokens:
             row = {"tokens": str(count)}
             for name, copies in weights.items():
                 x = torch.randn(count, copies[0].shape[1], generator=generator)
-                row[name] = f"{ratio(x, copies, rounds):.2f}×"
+                ours: Product = partial(narrow_linear, x, bias=None)
+                row[name] = f"{ratio((partial(F.linear, x), copies), (ours, copies), rounds):.2f}×"
             rows.append(row)
     return rows
 
 
-def _copies(weight: Tensor) -> list[Tensor]:
+def copies_of(weight: Tensor) -> list[Tensor]:
+    """As many of a float32 weight as no cache holds."""
     return [weight.clone() for _ in range(max(1, APART // (4 * weight.numel())))]
 
 
-def ratio(x: Tensor, copies: Sequence[Tensor], rounds: int) -> float:
-    """Seconds of `F.linear` over seconds of ours, one product with every copy of a weight."""
-    sides: list[Callable[[Tensor], Tensor]] = [lambda weight: F.linear(x, weight), lambda w: narrow_linear(x, w, None)]
+def ratio(theirs: Side, ours: Side, rounds: int) -> float:
+    """Seconds of theirs over seconds of ours, a median; one product with every weight of a side in each round."""
     found = []
     for _ in range(rounds):
-        seconds = [_timed(side, copies) for side in sides]
+        seconds = [_timed(*side) for side in (theirs, ours)]
         found.append(seconds[0] / seconds[1])
     return statistics.median(found)
 
 
-def _timed(side: Callable[[Tensor], Tensor], copies: Sequence[Tensor]) -> float:
+def _timed(product: Product, weights: Sequence[Tensor]) -> float:
     started = time.perf_counter()
-    for weight in copies:
-        side(weight)
+    for weight in weights:
+        product(weight)
     return time.perf_counter() - started
 
 

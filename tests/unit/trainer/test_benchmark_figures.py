@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from bench import products
+from bench import products, widening
 from bench.aims_table import row_of as aims_row
 from bench.measured import Clock, Measured, Task
 from bench.online_rows import online_operations, online_shape
@@ -128,6 +128,12 @@ def test_products_are_compared_for_every_weight() -> None:
     (row,) = products.measure(tokens=(2,), rounds=1)
     assert set(row) == {"tokens", *products.SHAPES}
     assert all(float(row[name].rstrip("×")) > 0 for name in products.SHAPES)
+
+
+def test_widened_products_are_compared_for_every_weight_but_the_head() -> None:
+    (row,) = widening.measure(tokens=(2,), rounds=1)
+    assert set(row) == {"tokens", *list(products.SHAPES)[:3]}
+    assert all(float(row[name].rstrip("×")) > 0 for name in widening.HELD)
 
 
 def test_a_step_is_the_sum_of_its_parts() -> None:
