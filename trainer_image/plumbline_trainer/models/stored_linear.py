@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 _room = threading.local()
 """Where weights of this thread are widened, as large as the largest of them."""
 
