@@ -21,8 +21,8 @@ def torch_dtype(name: str) -> torch.dtype:
 def holds_stored(parameters: TunedStage, *, device: str) -> bool:
     """Whether frozen linear layers hold their weights as they are stored while others learn in float32.
 
-    On a CPU alone, where that was measured. Answers are sampled a token at a time, and widening would take long beside
-    products with few rows; `ewc` takes gradients of frozen weights.
+    On a CPU alone, where that was measured. Sampling has products with dozens of rows, beside which widening takes
+    longest, and merges adapters into copies of float32 weights; `ewc` takes gradients of frozen weights.
     """
     return (
         device == "cpu"

@@ -1,8 +1,7 @@
 """Frozen linear layers that hold their weights as they are stored, and widen them for the length of a product.
 
 Every bfloat16 number is a float32 number, so that a layer gives bit for bit what it would give with weights held as
-float32, in half of their memory. It costs a pass over the weight for each product, some hundredths of the time of a
-product with a few hundred rows.
+float32, in half of their memory. A product with a few hundred rows takes about a tenth longer (`make bench`).
 """
 
 from __future__ import annotations
