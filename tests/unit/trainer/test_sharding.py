@@ -26,7 +26,7 @@ from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.engine.sharding import _layers, gathered, is_sharded, own_part, put, sharded_like, whole
 from plumbline_trainer.storage.checkpoints import wait_for_uploads
 from pydantic import ValidationError
-from support.outcomes import Outcome, assert_same, outcome_of
+from support.outcomes import SETTINGS, Outcome, assert_same, outcome_of
 from support.ranks import in_ranks, run_killed_ranks, run_ranks
 from support.tiny import make_model
 from support.trainer import manifest_of, output_of
@@ -39,18 +39,6 @@ pytestmark = pytest.mark.slow
 
 LORA = {"rank": 4}
 EVERYTHING = {"rank": 4, "rsLora": True, "dora": True, "modulesToSave": ["embed_tokens", "lm_head", "norm"]}
-SETTINGS: dict[str, Any] = {
-    "rows": 12,
-    "evaluation": 0.2,
-    "globalBatch": 4,
-    "maxSteps": 3,
-    "epochs": 9,
-    "learningRate": 1e-3,
-    "schedule": {"warmupRatio": 0.0},
-    # Without it Adam's first steps are signs, and the sign of a gradient near 0 is chance.
-    "adamEpsilon": 1e-4,
-    "tokensPerBatch": 96,
-}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "pretrain": ("pretrain", {}),
     "sft": ("sft", {}),

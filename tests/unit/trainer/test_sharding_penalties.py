@@ -25,7 +25,7 @@ from plumbline_trainer.engine.scorer import Scorer
 from plumbline_trainer.engine.sharding import gathered, is_sharded, own_part, shard, sharded_like, whole
 from plumbline_trainer.models.adapters import attach_lora
 from support.encoded import make_completion
-from support.outcomes import assert_same, outcome_of
+from support.outcomes import SETTINGS, assert_same, outcome_of
 from support.ranks import in_ranks
 from support.tiny import make_model, save_model
 from support.trainer import base_model, manifest_of
@@ -35,19 +35,6 @@ from torch import Tensor
 pytestmark = pytest.mark.slow
 
 LORA = {"rank": 4}
-SETTINGS: dict[str, Any] = {
-    "rows": 12,
-    "evaluation": 0.2,
-    "globalBatch": 4,
-    "maxSteps": 3,
-    "epochs": 9,
-    "learningRate": 1e-3,
-    "schedule": {"warmupRatio": 0.0},
-    # Without it Adam's first steps are signs, and the sign of a gradient near 0 is chance.
-    "adamEpsilon": 1e-4,
-    "tokensPerBatch": 96,
-    "sharding": "full",
-}
 HELD: dict[str, Any] = {
     "stage": {"ewc": {"dataset": "old", "coefficient": 300.0, "rows": 5}},
     "others": {"ewc.dataset": "text"},
@@ -122,7 +109,7 @@ def test_every_rank_takes_its_rows_of_the_fisher_diagonal_and_of_the_penalty(
 
 
 def run_of(folder: Path, type_: str, lora: Any, **changes: Any) -> StageRun:
-    run = training_run(folder, type_, lora=lora, **{**SETTINGS, **changes})
+    run = training_run(folder, type_, lora=lora, **{**SETTINGS, "sharding": "full", **changes})
     if "kl" in run.parameters:
         reference = folder / "reference"
         if not reference.exists():
