@@ -20,6 +20,7 @@ from plumbline_trainer.engine.sharding import shard
 from plumbline_trainer.engine.trained import policy_identity
 from plumbline_trainer.errors import InputError
 from plumbline_trainer.models.adapters import adapters_disabled
+from plumbline_trainer.models.dtypes import widens
 from plumbline_trainer.models.merging import starts_of
 from plumbline_trainer.models.policy import Policy, load_policy
 
@@ -103,7 +104,7 @@ def _load_reference(
     item = context.input(role)
     shards = training.sharding == "full" and run.ranks.size > 1
     device = "cpu" if shards else context.device
-    stored = not shards and context.device.type == "cpu" and training.precision == "float32"
+    stored = not shards and widens(training.precision, device=context.device.type)
     reference = load_policy(context, item, precision=training.precision, device=device, stored=stored)
     if reference.tokenizer.digest != policy.tokenizer.digest:
         raise InputError(

@@ -18,16 +18,20 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def holds_stored(parameters: TunedStage, *, device: str) -> bool:
-    """Whether frozen linear layers hold their weights as they are stored while others learn in float32.
+def widens(precision: str, *, device: str) -> bool:
+    """Whether frozen linear layers may hold their weights as they are stored: on a CPU alone, where it was measured."""
+    return device == "cpu" and precision == "float32"
 
-    On a CPU alone, where that was measured. Sampling has products with dozens of rows, beside which widening takes
-    longest, and merges adapters into copies of float32 weights; `ewc` takes gradients of frozen weights.
+
+def holds_stored(parameters: TunedStage, *, device: str) -> bool:
+    """Whether a stage's frozen linear layers hold their weights as they are stored while others learn in float32.
+
+    Sampling has products with dozens of rows, beside which widening takes longest, and merges adapters into copies of
+    float32 weights; `ewc` takes gradients of frozen weights.
     """
     return (
-        device == "cpu"
-        and parameters.lora is not None
-        and parameters.training.precision == "float32"
+        parameters.lora is not None
+        and widens(parameters.training.precision, device=device)
         and not isinstance(parameters, SampledStage)
         and getattr(parameters, "ewc", None) is None
     )
