@@ -157,7 +157,7 @@ class Training(Contract):
     global_batch: Annotated[int, Field(ge=1, le=65536)] = 16
     """Rows (or pairs) per optimizer step, over all ranks and micro-batches."""
     tokens_per_batch: Annotated[int, Field(ge=64, le=4194304)] | None = None
-    """Tokens of a micro-batch on one rank; results stay the same up to rounding. Absent: 4096, on a CPU 1024."""
+    """Tokens of a micro-batch on one rank; results stay the same up to rounding. Absent: 4096, on a CPU 512."""
     max_length: Annotated[int, Field(ge=8, le=1048576)] = 1024
     """Longest sequence in tokens; longer rows are truncated and counted."""
     schedule: Schedule = Schedule()
