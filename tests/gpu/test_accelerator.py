@@ -10,15 +10,20 @@ from typing import Any
 import pytest
 import torch
 from plumbline_api.training import Lora
+from plumbline_trainer.engine.attention import segment_attention
 from plumbline_trainer.engine.distributed import Ranks
+from plumbline_trainer.engine.lowrank import in_one_piece
 from plumbline_trainer.engine.packing import pack
 from plumbline_trainer.engine.pathcheck import choose_path
 from plumbline_trainer.engine.scorer import Scorer
+from plumbline_trainer.engine.segments import Block, KeptKeys, SegmentPlan
+from plumbline_trainer.engine.varlen import takes
 from plumbline_trainer.models.adapters import attach_lora
 from support.encoded import make_completion, make_pair
 from support.tiny import make_model
 from support.trainer import manifest_of, run_in_process
 from support.training_data import training_run
+from torch import nn
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device; `make test` runs these where there is one"
@@ -65,6 +70,47 @@ def test_fast_and_plain_agree(style: Any, precision: Any) -> None:
     scorer.eval()
     choice = choose_path(scorer, some_rows(), scorer.trainables(), tokens=4096, ranks=Ranks(device="cuda"))
     assert choice.path == "fast", choice.reason
+
+
+@pytest.mark.parametrize("window", [None, 16, 400])
+@pytest.mark.parametrize("key_heads", [1, 2, 8])
+def test_one_call_for_all_blocks(window: Any, key_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable-length kernel against float32, block by block: pairs, single answers, many answers, a past."""
+    layer, keys, generator = nn.Linear(1, 1), KeptKeys(), torch.Generator("cuda").manual_seed(3)
+    blocks = [
+        Block(0, 130, (70, 40, 9)),
+        Block(249, 0, (65,)),
+        Block(314, 20, (33,)),
+        Block(367, 5, (8, 1), past=range(7, 90)),
+    ]
+    plan = SegmentPlan(tuple(blocks), behind=keys)
+
+    def draw(heads: int, length: int) -> torch.Tensor:
+        return torch.randn(1, heads, length, 64, generator=generator, device="cuda")
+
+    keys.keep(layer, draw(key_heads, 100), draw(key_heads, 100))
+    given = [draw(heads, plan.length).requires_grad_() for heads in (8, key_heads, key_heads)]
+    upstream = torch.randn(1, plan.length, 8, 64, generator=generator, device="cuda")
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = [tensor.to(dtype) for tensor in given]
+        assert takes(inputs[0], inputs[2]) == (dtype == torch.bfloat16)
+        output, _ = segment_attention(layer, *inputs, None, segment_plan=plan, sliding_window=window, scaling=0.2)
+        found.append([output.detach().float(), *torch.autograd.grad(output.float(), given, upstream)])
+    for there, exact in zip(*found, strict=True):
+        assert float((there - exact).norm()) <= 2e-2 * float(exact.norm())
+
+
+def test_a_norm_in_one_kernel() -> None:
+    scorer = Scorer(make_model("llama", seed=1).to("cuda", torch.bfloat16), precision="bfloat16")
+    norm = scorer.model.model.norm
+    x = torch.randn(7, norm.weight.shape[0], device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    exact = torch.nn.functional.rms_norm(x.float(), norm.weight.shape, norm.weight.float(), norm.variance_epsilon)
+    with in_one_piece(scorer.model):
+        found = norm(x)
+    assert found.grad_fn is not None
+    assert "Rms" in type(found.grad_fn).__name__, found.grad_fn
+    assert float((found - exact).norm()) <= 1e-2 * float(exact.norm())
 
 
 @pytest.mark.parametrize("path", ["fast", "plain"])

@@ -94,6 +94,40 @@ def test_bfloat16_stays_near_float32(style: Style, kind: str) -> None:
         assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values())
 
 
+@pytest.mark.parametrize("style", ["llama", "qwen2"])
+def test_bfloat16_goes_in_one_piece(style: Style, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast peft widens each layer's input; one piece narrows the factors instead, and is no less exact."""
+    calls: list[tuple[torch.dtype, ...]] = []
+    real = lowrank._LowRankLinear.forward
+
+    def noted(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: Any, a: torch.Tensor, *others: Any) -> Any:
+        calls.append((x.dtype, weight.dtype, a.dtype))
+        return real(ctx, x, weight, bias, a, *others)
+
+    monkeypatch.setattr(lowrank._LowRankLinear, "forward", staticmethod(noted))
+    made = []
+    for precision in ("float32", "bfloat16"):
+        model = make_model(style, seed=1).bfloat16().to(getattr(torch, precision))
+        made.append(Scorer(attach_lora(model, Lora(rank=4), seed=1), precision=precision))
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "lora_B" in name:
+                    weight.copy_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)))
+    exact, wanted = measure(made[0], "plain")
+    _, peft = measure(made[1], "plain")
+    calls.clear()
+    found, gradients = measure(made[1], "fast")
+    assert set(calls) == {(torch.bfloat16,) * 3}, "factors are narrowed once for all layers"
+    assert len(calls) == 12
+    assert (found - exact).norm() <= 0.02 * exact.norm()
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+
+    def gap(of: dict[str, torch.Tensor]) -> float:
+        return float(torch.cat([(of[name] - wanted[name]).flatten() for name in wanted]).norm())
+
+    assert gap(gradients) <= 1.25 * gap(peft)
+
+
 def test_row_lengths_from_the_factors() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, a, b = (torch.randn(shape, generator=generator) for shape in ((30, 50), (4, 50), (30, 4)))

@@ -13,6 +13,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from plumbline_trainer.engine.joined import Piece, can_join, joined_attention
 from plumbline_trainer.engine.segments import Block, Segment, SegmentPlan
+from plumbline_trainer.engine.varlen import takes, varlen_attention
 
 SEGMENTS = "plumbline_segments"
 """Name under which the attention is registered; transformers builds no mask of its own for it."""
@@ -77,6 +78,9 @@ def segment_attention(
         segment_plan.keeps.keep(module, key, value)
     if softcap is None and segment_plan.behind is None and can_join(query, key, value):
         return joined_attention(query, key, value, _pieces(segment_plan, sliding_window, query), scaling), None
+    if softcap is None and takes(query, value):
+        found = varlen_attention(module, query, key, value, segment_plan, scaling=scaling, window=sliding_window)
+        return found, None
     lengths = segment_plan.lengths
     outputs = [
         _attend(

@@ -7,7 +7,9 @@ Where the last linear layer of a gated feed-forward block, y = down(act(gate) �
 its input is not kept for the backward pass but computed again from gate and up, which are kept once: two tensors of the
 block's inner width instead of four, the largest that a layer keeps.
 
-Weights may be narrower than what they are multiplied with (`models.stored_linear`).
+Weights may be narrower than what they are multiplied with (`models.stored_linear`). Under autocast factors are wider
+than what they are multiplied with: they are narrowed, and their gradients widened; peft widens and narrows the layer's
+input, which is a hundred times as large.
 
 For DoRA peft builds W + s·B·A in every forward pass to take the lengths of its rows. Here they come from the factors:
 ‖w + s·b·A‖² = ‖w‖² + 2s·b·(A·w) + s²·b·(A·Aᵀ)·bᵀ for a row w of W and b of B; nothing of the size of W is written.
@@ -16,7 +18,7 @@ For DoRA peft builds W + s·B·A in every forward pass to take the lengths of it
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -42,9 +44,10 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        ctx.kind, ctx.scale = a.dtype, scale
+        a, b = a.to(x.dtype), b.to(x.dtype)
         inner = x @ a.t()
         ctx.save_for_backward(x, inner, weight, a, b)
-        ctx.scale = scale
         return F.linear(x, widened(weight, x), bias).addmm_(inner, b.t(), alpha=scale)
 
     @staticmethod
@@ -55,7 +58,8 @@ class _LowRankLinear(torch.autograd.Function):
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = (gradient @ widened(weight, gradient)).addmm_(at_inner, a)
-        return to_x, None, None, at_inner.t() @ x, (gradient.t() @ inner).mul_(ctx.scale), None
+        to_a, to_b = at_inner.t() @ x, (gradient.t() @ inner).mul_(ctx.scale)
+        return to_x, None, None, to_a.to(ctx.kind), to_b.to(ctx.kind), None
 
 
 class _GatedLinear(torch.autograd.Function):
@@ -80,8 +84,10 @@ class _GatedLinear(torch.autograd.Function):
         # Written over where it is memory of its own: an activation may also hand back what it was given.
         product = product * up if product.data_ptr() == gate.data_ptr() else product.mul_(up)
         y = F.linear(product, widened(weight, product), bias)
-        inner = None
+        inner, ctx.kind = None, None
         if a is not None and b is not None:
+            ctx.kind = a.dtype
+            a, b = a.to(product.dtype), b.to(product.dtype)
             inner = product @ a.t()
             y.addmm_(inner, b.t(), alpha=scale)
         ctx.save_for_backward(gate, up, inner, weight, a, b)
@@ -102,6 +108,7 @@ class _GatedLinear(torch.autograd.Function):
             at_inner = (gradient @ b).mul_(ctx.scale)
             to_product.addmm_(at_inner, a)
             to_a, to_b = at_inner.t() @ (activated.detach() * up), (gradient.t() @ inner).mul_(ctx.scale)
+            to_a, to_b = to_a.to(ctx.kind), to_b.to(ctx.kind)
         to_up = to_product * activated.detach()
         (to_gate,) = torch.autograd.grad(activated, gate, to_product.mul_(up))
         return to_gate, to_up, None, None, None, to_a, to_b, None
@@ -154,6 +161,26 @@ class _MagnitudeLinear(torch.autograd.Function):
         return to_x, None, None, at_inner.t() @ x, to_b, to_magnitude, None, None
 
 
+class _Narrowed(torch.autograd.Function):
+    """Tensors in another type, by one kernel for all of them, and their gradients back by another."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.kinds = [tensor.dtype for tensor in tensors]
+        return _copied(tensors, [dtype] * len(tensors))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # One that took no part in the loss has zeros here.
+        return None, *_copied(upstream, ctx.kinds)
+
+
+def _copied(tensors: Sequence[Tensor], kinds: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
+    copies = tuple(torch.empty_like(tensor, dtype=kind) for tensor, kind in zip(tensors, kinds, strict=True))
+    torch._foreach_copy_(copies, list(tensors))
+    return copies
+
+
 @torch.no_grad()
 def row_lengths(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """‖W + s·B·A‖ of every row, [out]. W: [out, in], A: [r, in], B: [out, r]."""
@@ -178,7 +205,9 @@ class _Parts:
 
 def _parts(layer: nn.Module, x: Tensor) -> _Parts | None:
     """Of a layer that can be computed in one piece for an input; None if it cannot."""
-    if torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type
+    cast = torch.is_autocast_enabled(kind)
+    if cast and torch.get_autocast_dtype(kind) != x.dtype:
         return None
     parts: _Parts | None = None
     if type(layer) is nn.Linear:
@@ -187,6 +216,9 @@ def _parts(layer: nn.Module, x: Tensor) -> _Parts | None:
         parts = _adapted_parts(layer)
     if parts is None or parts.weight.requires_grad or (parts.bias is not None and parts.bias.requires_grad):
         return None
+    if cast:
+        # Factors are narrowed, as autocast does; the lengths that DoRA divides by are left to peft.
+        return parts if parts.weight.dtype == x.dtype and parts.magnitude is None else None
     factors = [factor for factor in (parts.a, parts.b) if factor is not None]
     same = fits_widened(parts.weight, x) and all(x.dtype == factor.dtype for factor in factors)
     return parts if same else None
@@ -201,14 +233,14 @@ def _adapted_parts(layer: Any) -> _Parts | None:
     if len(active) != 1 or active[0] not in layer.lora_A:
         return None
     name = active[0]
+    narrow = layer.__dict__.get(NARROWED, {})
     dropout = layer.lora_dropout[name]
     drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
     if drops or type(layer.lora_variant.get(name)) not in (NoneType, DoraLinearVariant):
         return None
     magnitude = layer.lora_magnitude_vector[name].weight if name in layer.lora_magnitude_vector else None
-    return _Parts(
-        base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], magnitude
-    )
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return _Parts(base.weight, base.bias, narrow.get(id(a), a), narrow.get(id(b), b), layer.scaling[name], magnitude)
 
 
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -265,12 +297,48 @@ def use_one_piece(model: nn.Module) -> None:
 
 @contextmanager
 def in_one_piece(model: nn.Module) -> Iterator[None]:
-    """Compute adapted linear layers in one piece for a while."""
-    use_one_piece(model)
+    """Compute adapted linear layers in one piece for a while.
+
+    Under autocast their factors are narrowed together: on a GPU hundreds of kernels become one, each of which takes
+    longer to launch than to run.
+    """
+    found = list(_layers(model))
+    adapted = [layer for layer, forward in found if forward is _forward]
+    for layer, forward in found:
+        layer.forward = MethodType(forward, layer)
+    if narrow := _narrowed(adapted):
+        for layer in adapted:
+            layer.__dict__[NARROWED] = narrow
     try:
         yield
     finally:
-        use_separate_pieces(model)
+        for layer, _ in found:
+            layer.__dict__.pop("forward", None)
+            layer.__dict__.pop(NARROWED, None)
+
+
+NARROWED = "_plumbline_narrowed"
+"""Where a layer finds its factors narrowed, by the identity of the wide ones."""
+
+
+def _narrowed(layers: Sequence[Any]) -> dict[int, Tensor]:
+    """The factors of layers in autocast's type, where that is on and another one, and every factor is whole."""
+    kinds = {layer.base_layer.weight.device.type for layer in layers}
+    if len(kinds) != 1 or not torch.is_autocast_enabled(kind := kinds.pop()):
+        return {}
+    dtype = torch.get_autocast_dtype(kind)
+    factors = {
+        id(factor): factor
+        for layer in layers
+        for name in layer.active_adapters
+        if name in layer.lora_A
+        for factor in (layer.lora_A[name].weight, layer.lora_B[name].weight)
+        if factor.dtype != dtype
+    }
+    if not factors or any(type(factor) not in (Tensor, nn.Parameter) for factor in factors.values()):
+        return {}  # none, or such as ranks keep parts of
+    narrow = _Narrowed.apply(dtype, *factors.values())
+    return dict(zip(factors, narrow, strict=True))
 
 
 def use_separate_pieces(model: nn.Module) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Derived = TypeVar("Derived")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +87,12 @@ class KeptKeys:
 
     def of(self, layer: nn.Module, place: range) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer at some places."""
-        key, value = self._layers[layer]
+        key, value = self.whole(layer)
         return key[:, :, place.start : place.stop], value[:, :, place.start : place.stop]
+
+    def whole(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [1, key heads, T, d] each."""
+        return self._layers[layer]
 
     def forget(self) -> None:
         """Let go of everything."""
@@ -96,7 +103,7 @@ class KeptKeys:
 class SegmentPlan:
     """The blocks of a packed sequence, in order and without gaps. Blocks never see each other.
 
-    Attention masks are derived from it and kept as long as the plan, because every layer asks for the same ones.
+    What attention derives from it is kept as long as the plan, because every layer asks for the same.
     """
 
     blocks: tuple[Block, ...]
@@ -104,7 +111,7 @@ class SegmentPlan:
     """Where every layer leaves its keys."""
     behind: KeptKeys | None = field(default=None, compare=False)
     """Keys of what stands before the blocks that have a past."""
-    _masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict, compare=False, repr=False)
+    _derived: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -130,9 +137,13 @@ class SegmentPlan:
             device: Device of the attention scores.
         """
         key = (len(block.past), block.prompt, block.responses, window, dtype, device)
-        found = self._masks.get(key)
-        if found is None:
-            found = self._masks[key] = visibility_mask(block, window).to(device=device, dtype=dtype)
+        return self.derived(key, lambda: visibility_mask(block, window).to(device=device, dtype=dtype))
+
+    def derived(self, key: Hashable, make: Callable[[], Derived]) -> Derived:
+        """What a key stands for, made when it is first asked for."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        found: Derived = self._derived[key]
         return found
 
 
