@@ -19,7 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,12 +28,13 @@ for name in ("tests", "trainer_image", "operator"):
     sys.path.insert(0, str(ROOT / name))
 
 from bench import aims_table, page, parts_table, trainer_table  # noqa: E402  (the folders above are on the path only now)
+from bench.cuda import Kept  # noqa: E402
 from bench.measured import Measured, Task  # noqa: E402
 from bench.online_rows import online_operations, online_shape  # noqa: E402
 from bench.trainer_rows import METHODS, ONLINE_METHODS, PROFILES  # noqa: E402
 from bench.trainer_side import LORA, in_order  # noqa: E402
 from bench.trainer_table import Case  # noqa: E402
-from plumbline_api.training import TOKENS_ON_CPU  # noqa: E402
+from plumbline_api.training import TOKENS_ON_ACCELERATOR, TOKENS_ON_CPU  # noqa: E402
 from plumbline_trainer.threads import thread_settings  # noqa: E402
 
 PPO_PEER = ROOT / ".venv-ppo" / "bin" / "python"
@@ -41,6 +42,7 @@ SIDES = ("ours", "trl", "trl-default")
 TRL_DEFAULT_BATCH = 8
 MIB = 2**20
 BUNDLED = "bundled://smollm2-135m-instruct"
+KEPT = Kept()
 OWN_MODELS = {"cpu": f"{BUNDLED} as bfloat16", "cuda": "a Llama of 1.1B random weights"}
 
 
@@ -89,7 +91,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--answers", type=int, default=8, help="answers per prompt (grpo; ppo samples one)")
     parser.add_argument("--new-tokens", type=int, default=53, help="tokens of every sampled answer (ppo, grpo)")
     parser.add_argument("--left-out", type=int, default=1, help="first steps that are not counted")
-    parser.add_argument("--tokens-per-batch", type=int, default=TOKENS_ON_CPU)
+    parser.add_argument("--tokens-per-batch", type=int, help="absent: a stage's default on the device")
     parser.add_argument(
         "--sweep", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="device batches tried with trl"
     )
@@ -150,7 +152,8 @@ def _task(method: str, profile: str, model: str, options: argparse.Namespace) ->
         model=model,
         rows=options.rows,
         global_batch=options.batch,
-        tokens_per_batch=options.tokens_per_batch,
+        tokens_per_batch=options.tokens_per_batch
+        or (TOKENS_ON_CPU if options.device == "cpu" else TOKENS_ON_ACCELERATOR),
         batch=min(TRL_DEFAULT_BATCH, options.batch),
         precision=options.precision,
         threads=options.threads,
@@ -183,7 +186,7 @@ def _machine(device: str) -> str:
         return f"{os.cpu_count()} cores of {_processor()}"
     import torch
 
-    return torch.cuda.get_device_name()
+    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
 
 
 def counted(task: Task, measured: Measured) -> Measured:
@@ -211,26 +214,34 @@ def _best_batch(task: Task, options: argparse.Namespace) -> int:
 
 
 def run_side(task: Task) -> Measured:
-    """Measure a side in a process of its own."""
-    paths = os.pathsep.join(str(ROOT / name) for name in ("operator", "trainer_image", "tests"))
+    """Measure a side in a process of its own; on a device in one that is kept for the side."""
+    paths = [str(ROOT / name) for name in ("operator", "trainer_image", "tests")]
     environment = {
         **os.environ,
-        "PYTHONPATH": paths,
+        "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),
         **thread_settings({"OMP_NUM_THREADS": str(task.threads)}, 1),  # both sides as our stages run
         "HF_HUB_OFFLINE": "1",
         "TQDM_DISABLE": "1",
     }
-    with tempfile.TemporaryDirectory() as place:
-        command = _command(task, Path(place))
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if ended.returncode != 0:
-        raise SystemExit(f"{task} failed:\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}")
-    measured = Measured(**json.loads(ended.stdout.strip().splitlines()[-1]))
+    if task.device == "cuda":
+        output = KEPT.measure(task.side, json.dumps(asdict(task)), environment)
+    else:
+        output = _run(task, environment)
+    measured = Measured(**json.loads(output.strip().splitlines()[-1]))
     sys.stderr.write(
         f"{task.side:12} {task.method} {task.profile} batch {task.batch}: {measured.rows_per_second:.3f} rows/s, "
         f"peak {measured.peak_bytes / MIB:.0f} MiB, losses {[round(loss, 4) for loss in measured.losses]}\n"
     )
     return measured
+
+
+def _run(task: Task, environment: Mapping[str, str]) -> str:
+    with tempfile.TemporaryDirectory() as place:
+        command = _command(task, Path(place))
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if ended.returncode != 0:
+        raise SystemExit(f"{task} failed:\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}")
+    return ended.stdout
 
 
 def _command(task: Task, place: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -44,11 +45,9 @@ class Shape:
 
 
 def make_rows(method: str, profile: str, count: int, vocabulary: int) -> list[Encoded]:
-    """The first rows of a profile as a method takes them."""
+    """The first rows of a profile as a method takes them; where it has fewer its lengths come again, with other ids."""
     rng = random.Random(f"{profile}/ids")
-    lengths = PROFILES[profile]
-    if count > len(lengths):
-        raise SystemExit(f"profile {profile} has {len(lengths)} rows, {count} were asked for")
+    lengths = itertools.islice(itertools.cycle(PROFILES[profile]), count)
     low = min(100, vocabulary // 2)
 
     def ids(length: int) -> list[int]:
@@ -58,7 +57,7 @@ def make_rows(method: str, profile: str, count: int, vocabulary: int) -> list[En
         return EncodedResponse(ids(length), [True] * length, role)
 
     rows = []
-    for number, (prompt, chosen, rejected) in enumerate(lengths[:count]):
+    for number, (prompt, chosen, rejected) in enumerate(lengths):
         first, good, bad = ids(prompt), answer(chosen, "chosen"), answer(rejected, "rejected")
         liked, disliked = replace(good, role="desirable"), replace(bad, role="undesirable")
         responses = {

@@ -1,6 +1,7 @@
 """One measured run of `make bench-trainer`, in a process of its own: our engine or trl on the same rows.
 
-`python -m bench.trainer_side '{…}'` prints one line of JSON. Both sides load the same folder, train the same adapter on
+`python -m bench.trainer_side '{…}'` prints one line of JSON; with `-` it
+takes task after task from its input. Both sides load the same folder, train the same adapter on
 the same ids in the same order, and are timed alike: the reference pass whole, then every step from the end of the one
 before it to its own end, without the first ones.
 """
@@ -11,13 +12,13 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench.cuda import gauge_of
+from bench.cuda import FOUND, gauge_of
 from bench.measured import Clock, Measured, Task
 from bench.parts import StepParts
 from bench.trainer_rows import NO_REFERENCE, make_rows, our_operations, shape_of, their_operations
@@ -176,6 +177,8 @@ def measure_trl(task: Task) -> Measured:
     }
     if best:
         arguments["gradient_checkpointing"] = False
+        # It makes a plan for every new shape, of which padded batches have many; a plan takes longer than a step.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     adapter = peft.LoraConfig(
         r=LORA.rank,
         lora_alpha=32,
@@ -263,12 +266,24 @@ def _peer_rows(task: Task, rows: list[Encoded]) -> list[dict[str, Any]]:
     return found
 
 
+def measure(task: Task) -> Measured:
+    """One side's figures."""
+    torch.set_num_threads(task.threads)
+    found = measure_ours if task.side == "ours" else measure_trl
+    if task.device == "cuda":
+        # Kernels are loaded when they are first called for: seconds, which a longer run would not show.
+        found(replace(task, rows=2 * task.global_batch))
+    return found(task)
+
+
 def main(text: str) -> None:
     """Measure and print."""
-    task = Task(**json.loads(text))
-    torch.set_num_threads(task.threads)
-    found = measure_ours(task) if task.side == "ours" else measure_trl(task)
-    sys.stdout.write("\n" + json.dumps(asdict(found)) + "\n")
+    if text != "-":
+        sys.stdout.write("\n" + json.dumps(asdict(measure(Task(**json.loads(text))))) + "\n")
+        return
+    for line in sys.stdin:
+        sys.stdout.write("\n" + FOUND + json.dumps(asdict(measure(Task(**json.loads(line))))) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

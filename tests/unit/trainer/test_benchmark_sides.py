@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from bench import generation
+from bench.cuda import Kept
+from bench.measured import Measured
 from bench.trainer_rows import METHODS, shape_of
 from bench.trainer_side import Task, measure_ours, measure_trl
 from plumbline_trainer.models.loading import load_base
@@ -33,6 +38,24 @@ def test_both_sides_measure_the_same_rows(tmp_path: Path, method: str) -> None:
     assert ours.rows_per_second > 0
     assert trl.rows_per_second > 0
     assert len(ours.losses) == len(trl.losses)
+
+
+def test_a_kept_process_measures_one_task_after_another(tmp_path: Path) -> None:
+    """As on a GPU machine, where starting takes longer than measuring."""
+    task = Task("ours", "sft", "even", str(save_model(tmp_path / "model")), 4, 2, 512, 2, "float32", 1, 1)
+    root = Path(__file__).resolve().parents[3]
+    paths = os.pathsep.join(str(root / name) for name in ("operator", "trainer_image", "tests"))
+    kept = Kept()
+    try:
+        found = [
+            Measured(**json.loads(kept.measure("ours", json.dumps(asdict(one)), os.environ | {"PYTHONPATH": paths})))
+            for one in (task, replace(task, rows=6))
+        ]
+        assert [len(one.losses) for one in found] == [2, 3]
+        with pytest.raises(SystemExit, match="no-such-model"):
+            kept.measure("ours", json.dumps(asdict(replace(task, model="/no-such-model"))), {})
+    finally:
+        kept.end()
 
 
 def test_an_adapter_adds_its_own_weights_only_to_the_arithmetic(tmp_path: Path) -> None:
