@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,12 @@ class OnDevice:
     def peak(self) -> int:
         """Bytes of tensors at most."""
         return torch.cuda.max_memory_allocated()
+
+
+def give_back() -> None:
+    """Leave the device's memory to the other sides, whose processes are kept as this one is."""
+    gc.collect()  # trainers refer to themselves
+    torch.cuda.empty_cache()
 
 
 class Kept:

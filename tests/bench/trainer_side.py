@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench.cuda import FOUND, gauge_of
+from bench.cuda import FOUND, gauge_of, give_back
 from bench.measured import Clock, Measured, Task
 from bench.parts import StepParts
 from bench.trainer_rows import NO_REFERENCE, make_rows, our_operations, shape_of, their_operations
@@ -284,6 +284,7 @@ def main(text: str) -> None:
     for line in sys.stdin:
         sys.stdout.write("\n" + FOUND + json.dumps(asdict(measure(Task(**json.loads(line))))) + "\n")
         sys.stdout.flush()
+        give_back()
 
 
 if __name__ == "__main__":
