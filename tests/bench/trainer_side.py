@@ -85,7 +85,7 @@ def measure_ours(task: Task) -> Measured:
             {"dataset": "rows", "lora": LORA, "training": training.to_wire()}
         )
         stored = holds_stored(parameters, device=task.device)
-        start = context.input("model")
+        start = _pinned(context, context.input("model"))
         policy = load_policy(context, start, precision=task.precision, device=task.device, stored=stored)
         ordered, plan = in_order(task, policy.model.config.get_text_config().vocab_size)
         clock = Clock(policy.model.parameters(), task, StepParts(), gauge_of(task))
@@ -129,6 +129,19 @@ def measure_ours(task: Task) -> Measured:
         adapter = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
         operations = our_operations(shape_of(policy.model, adapter), steps, task.method, training)
         return result(clock, task, ordered, operations, losses)
+
+
+PINS: dict[str, str] = {}
+
+
+def _pinned(context: Any, start: Any) -> Any:
+    """The model with its digest, which a run finds once for all its stages, at preflight."""
+    from plumbline_api.record import ExternalInput
+    from plumbline_trainer.planning.pins import pin
+
+    if start.uri not in PINS:
+        PINS[start.uri] = pin(context, ExternalInput(name="model", kind="policy", uri=start.uri)).digest
+    return start.model_copy(update={"digest": PINS[start.uri]})
 
 
 def measure_trl(task: Task) -> Measured:

@@ -213,6 +213,17 @@ class TestChoosingThePath:
         assert choice.path == "plain"
         assert "differs" in choice.reason
 
+    def test_answers_that_are_known_by_heart_go_fast(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Beside log-probabilities near zero the rounding of the logits is not small."""
+        real = Scorer.forward
+
+        def known(scorer: Scorer, batch: Any, *others: Any) -> Any:
+            return real(scorer, batch, *others) * 1e-4 - (2e-7 if scorer.path == "fast" else 0.0)
+
+        monkeypatch.setattr(Scorer, "forward", known)
+        choice = self.choose(adapted_model("llama"))
+        assert choice.path == "fast", choice.reason
+
     def test_an_unknown_scale_on_the_logits_is_found(self) -> None:
         model = attach_lora(make_model("llama", seed=1), Lora(rank=4), seed=1)
         model.lm_head.register_forward_hook(lambda _module, _inputs, output: output * 0.5)
@@ -230,7 +241,7 @@ class TestChoosingThePath:
         monkeypatch.setattr(_FrozenHead, "backward", staticmethod(wrong))
         choice = self.choose(adapted_model("llama"))
         assert choice.path == "plain"
-        assert choice.loss_gap < 1e-5 < choice.gradient_gap
+        assert choice.gaps["loss"] < 1e-5 < choice.gaps["gradient"]
 
     def test_an_adapter_on_the_head_goes_plain(self) -> None:
         import peft
