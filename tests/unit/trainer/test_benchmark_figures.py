@@ -33,13 +33,15 @@ def test_an_aim_is_met_or_missed() -> None:
 
     task = Task("", "dpo", "even", "model", 8, 8, 512, 1, "float32", 2, 1)
     runs = {"ours": [run(2.0, 900, 10.0)], "trl": [run(1.0, 2000, 25.0)]}
-    row = aims_row("dpo", Case(task, runs, "2026-11-26", 1.0, "a machine"))
+    row = aims_row("dpo, even", Case(task, runs, "2026-11-26", 1.0, "a machine"))
     assert row["× best"] == "2.00"
     assert row["aim"] == "≥ 2.5: **missed**"
     assert (row["FLOP bound"], row["share of the bound"]) == ("2.50", "0.80")
     assert row["memory aim"] == "≤ 0.45: met"
     assert row["imports and weights, of ours (MiB)"] == "500 of 900"
     assert row["memory ÷ best with nothing else"] == "0.25"
+    on_device = aims_row("dpo, even, cuda", Case(task, runs, "2026-11-26", 1.0, "a machine"))
+    assert (on_device["aim"], on_device["memory aim"]) == ("≥ 1.4: met", "none")
 
 
 def test_seconds_of_stages_come_from_the_status() -> None:
