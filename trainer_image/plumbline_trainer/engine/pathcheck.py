@@ -30,7 +30,7 @@ class Tolerance:
     """Largest accepted differences between the two paths."""
 
     loss: float
-    """Of the mean log-probability, relative to the mean absolute one."""
+    """Of the mean log-probability, relative to the mean absolute one or to `LEAST_MEAN`."""
     token: float
     """Of any token's log-probability, absolute."""
     values: float
@@ -45,7 +45,7 @@ TOLERANCES = {
     "bfloat16": Tolerance(loss=0.02, token=1.0, values=0.1, gradient=0.15),
 }
 """bfloat16 has 8 bits: single tokens differ by tenths, means by a percent, values and gradients by some percent. A leak
-or a wrong mask is far above."""
+or a wrong mask moves gradients by a fifth and more."""
 LEAST_MEAN = 0.1
 """Nats. Below it a mean log-probability is compared with this: where a model knows every answer by heart, what
 rounding leaves is not small beside the rest."""
